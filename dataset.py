@@ -1,0 +1,390 @@
+"""The split: load, check, hand out tensors; training batches with fresh negatives.
+
+Shapes: U users, I items, P training positives, C negatives per user.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distiller.cli import InputError
+from distiller.files import atomic_write, file_digest
+from distiller.tables import read_columns
+
+PICKLE = "split.pickle"
+TRAIN, TEST, NEGATIVE = "train-ratings.csv", "test-ratings.csv", "test-negative.csv"
+CSV_FILES = (TRAIN, TEST, NEGATIVE)
+FORMAT, VERSION = "neumf-split", 1
+
+log = logging.getLogger("ncf")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A leave-one-out split: every user's test item and negatives, and everyone's training pairs.
+
+    Attributes:
+        nb_users: U; users are 0 .. U-1.
+        nb_items: I; items are 0 .. I-1.
+        train_users: (P,) unsigned integers, with ``train_items`` the training pairs.
+        train_items: (P,) unsigned integers.
+        test_items: (U,) unsigned integers, the held-out item of each user.
+        negatives: (U, C) unsigned integers, the items that each test item is ranked against.
+        distinct_negatives: Whether negatives were drawn without replacement and without the test item;
+            None where the split came from CSV files, which do not say.
+        seed: Of the negatives; None likewise.
+        digest: SHA-256 of the ratings file, or of the three CSV files.
+        user_ids: (U,) int64, the ids in the ratings file; None where the split came from CSV files.
+        item_ids: (I,) int64, likewise.
+    """
+
+    nb_users: int
+    nb_items: int
+    train_users: np.ndarray
+    train_items: np.ndarray
+    test_items: np.ndarray
+    negatives: np.ndarray
+    distinct_negatives: bool | None
+    seed: int | None
+    digest: str
+    user_ids: np.ndarray | None
+    item_ids: np.ndarray | None
+
+    @property
+    def nb_candidates(self) -> int:
+        """C + 1: a user's negatives and test item."""
+        return self.negatives.shape[1] + 1
+
+
+def id_dtype(count: int) -> np.dtype:
+    """The smallest unsigned type for ids below ``count``: it halves the memory of ml-20m's negatives."""
+    return np.min_scalar_type(max(count - 1, 0))
+
+
+def load_split(directory: str | Path) -> Split:
+    """Load the split in ``directory``, from its pickle or else from its three CSV files.
+
+    A pickle that is older than the CSV files, damaged or of another version is made anew from them.
+
+    Raises:
+        InputError: there is no split, or its contents contradict themselves.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"data: {directory} is not a directory")
+    csv_paths = [directory / name for name in CSV_FILES]
+    missing = [path.name for path in csv_paths if not path.is_file()]
+    pickle_path = directory / PICKLE
+    if not pickle_path.is_file():
+        if missing:
+            raise InputError(f"data: {directory} has no split: neither {PICKLE} nor {', '.join(missing)}")
+        return _convert_csv(csv_paths, pickle_path)
+    if missing:
+        return read_pickle(pickle_path)
+    if pickle_path.stat().st_mtime_ns < max(path.stat().st_mtime_ns for path in csv_paths):
+        log.warning("%s is older than the CSV files: made anew from them", pickle_path)
+        return _convert_csv(csv_paths, pickle_path)
+    try:
+        return read_pickle(pickle_path)
+    except InputError as error:
+        log.warning("%s: made anew from the CSV files", error)
+        return _convert_csv(csv_paths, pickle_path)
+
+
+def _convert_csv(csv_paths: list[Path], pickle_path: Path) -> Split:
+    split = read_csv(*csv_paths)
+    try:
+        write_pickle(split, pickle_path)
+    except OSError as error:
+        log.warning(
+            "%s: not written (%s); the next start reads the CSV files again", pickle_path, error.strerror
+        )
+    return split
+
+
+def read_csv(train_path: Path, test_path: Path, negative_path: Path) -> Split:
+    """Read the three tab-separated files without header that the original writes.
+
+    Raises:
+        InputError: a malformed line, or files that disagree in their users.
+    """
+    pair = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float64()}
+    train = read_columns(train_path, "\t", pair, unsigned={"user", "item"})
+    test = read_columns(test_path, "\t", pair, unsigned={"user", "item"})
+    with open(negative_path, "rb") as file:
+        columns = [f"negative {i}" for i in range(1, file.readline().count(b"\t") + 2)]
+    negatives = read_columns(negative_path, "\t", dict.fromkeys(columns, pa.int32()), unsigned=set(columns))
+
+    nb_users = test.num_rows
+    out_of_order = np.flatnonzero(test["user"].to_numpy() != np.arange(nb_users))
+    if out_of_order.size:
+        raise InputError(
+            f"{test_path}:{out_of_order[0] + 1}: user {test['user'][out_of_order[0]]} where user "
+            f"{out_of_order[0]} is expected: one line for each user, in order"
+        )
+    if negatives.num_rows != nb_users:
+        raise InputError(
+            f"{negative_path}: negatives of {negatives.num_rows} users, {test_path.name} has {nb_users}"
+        )
+    train_users, train_items = train["user"].to_numpy(), train["item"].to_numpy()
+    if train_users.max() >= nb_users:
+        line = np.argmax(train_users >= nb_users)
+        raise InputError(
+            f"{train_path}:{line + 1}: user {train_users[line]}, but {test_path.name} has only {nb_users} users"
+        )
+    test_items = test["item"].to_numpy()
+    matrix = np.empty((nb_users, len(columns)), dtype=np.int32)
+    for column, name in enumerate(columns):
+        matrix[:, column] = negatives[name].to_numpy()
+    nb_items = int(max(train_items.max(), test_items.max(), matrix.max())) + 1
+    split = Split(
+        nb_users=nb_users,
+        nb_items=nb_items,
+        train_users=train_users.astype(id_dtype(nb_users)),
+        train_items=train_items.astype(id_dtype(nb_items)),
+        test_items=test_items.astype(id_dtype(nb_items)),
+        negatives=matrix.astype(id_dtype(nb_items)),
+        distinct_negatives=None,
+        seed=None,
+        digest=file_digest(train_path, test_path, negative_path),
+        user_ids=None,
+        item_ids=None,
+    )
+    check_split(split, train_path.parent)
+    return split
+
+
+class _SplitUnpickler(pickle.Unpickler):
+    """Builds plain values and NumPy arrays and nothing else, whatever the pickle asks for."""
+
+    # What a protocol 5 pickle of contiguous arrays names, in NumPy 2 and in NumPy 1.
+    ALLOWED = frozenset(
+        {
+            ("numpy", "dtype"),
+            ("numpy._core.numeric", "_frombuffer"),
+            ("numpy.core.numeric", "_frombuffer"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which a split does not")
+        return np.dtype if name == "dtype" else _array_from_buffer
+
+
+def _array_from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+
+
+def read_pickle(path: Path) -> Split:
+    """Read a split that ``write_pickle`` wrote. Nothing in the file is executed.
+
+    Raises:
+        InputError: cut short, of another version, or not such a file.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _SplitUnpickler(file).load()
+    except OSError:
+        raise
+    # A damaged pickle can make the unpickler raise nearly anything; all of it means the same here.
+    except Exception as error:
+        raise InputError(f"{path}: not a whole split: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a split")
+    if content.get("version") != VERSION:
+        raise InputError(
+            f"{path}: version {content.get('version')} of the format, this program reads {VERSION}"
+        )
+    names = {field.name for field in fields(Split)}
+    if content.keys() - {"format", "version"} != names:
+        raise InputError(f"{path}: not a whole split: its parts are not those of version {VERSION}")
+    split = Split(**{name: content[name] for name in names})
+    check_split(split, path)
+    return split
+
+
+def write_pickle(split: Split, path: Path) -> None:
+    """Write the split so that it loads in one read: arrays and plain values, pickle protocol 5."""
+    content = {"format": FORMAT, "version": VERSION} | {
+        name: np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
+        for name, value in vars(split).items()
+    }
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        pickle.dump(content, file, protocol=5)
+
+
+def check_split(split: Split, where: Path) -> None:
+    """Raise an ``InputError`` that names ``where`` unless the split's parts fit each other."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise InputError(f"{where}: {message}")
+
+    counts = (split.nb_users, split.nb_items)
+    require(
+        all(type(count) is int and count >= 2 for count in counts), "a split has at least 2 users and 2 items"
+    )
+    dimensions = {"train_users": 1, "train_items": 1, "test_items": 1, "negatives": 2}
+    for name, ndim in dimensions.items():
+        array = getattr(split, name)
+        require(
+            isinstance(array, np.ndarray) and array.dtype.kind == "u" and array.ndim == ndim,
+            f"{name} is not an array of ids in {ndim} dimension(s)",
+        )
+        bound = split.nb_users if name == "train_users" else split.nb_items
+        require(array.size > 0, f"{name} is empty")
+        require(int(array.max()) < bound, f"{name} holds id {array.max()}, but ids end at {bound - 1}")
+    require(split.train_users.shape == split.train_items.shape, "training users and items differ in number")
+    require(
+        split.test_items.shape == (split.nb_users,) and len(split.negatives) == split.nb_users,
+        f"test items of {len(split.test_items)} and negatives of {len(split.negatives)} for {split.nb_users} users",
+    )
+    for name, count in (("user_ids", split.nb_users), ("item_ids", split.nb_items)):
+        ids = getattr(split, name)
+        require(
+            ids is None or (isinstance(ids, np.ndarray) and ids.shape == (count,)),
+            f"{name} has not {count} ids",
+        )
+
+
+class UnseenItems:
+    """For every user, the items outside a given list, in ascending order, by rank.
+
+    A user's sorted list t_0 < t_1 < ... has t_j - j other items below t_j. So the item of rank r outside it
+    is r + |{j : t_j - j <= r}|: one binary search, exact, with no rejected draws.
+
+    Args:
+        users: (P,) user ids.
+        items: (P,) item ids, a pair with each user id. A repeated pair counts once.
+        nb_users: U.
+        nb_items: I.
+        device: Where look-ups run.
+    """
+
+    def __init__(
+        self,
+        users: np.ndarray,
+        items: np.ndarray,
+        nb_users: int,
+        nb_items: int,
+        device: torch.device | str = "cpu",
+    ):
+        pairs = users.astype(np.int64) * nb_items + items
+        pairs.sort()
+        pairs = pairs[np.insert(pairs[1:] != pairs[:-1], 0, True)]
+        sorted_users = pairs // nb_items
+        listed = np.bincount(sorted_users, minlength=nb_users)
+        start = np.cumsum(listed) - listed
+        # A stride of I + 1 keeps a user's values, t_j - j in 0 .. I, apart from the next user's.
+        self._stride = nb_items + 1
+        below = pairs - sorted_users * nb_items - (np.arange(len(pairs)) - start[sorted_users])
+        self._keys = torch.from_numpy(sorted_users * self._stride + below).to(device)
+        self._start = torch.from_numpy(start).to(device)
+        self.counts = torch.from_numpy(nb_items - listed).to(device)  # (U,) int64: items outside the list
+
+    def item(self, users: Tensor, ranks: Tensor) -> Tensor:
+        """The items outside the users' lists that have the given ranks.
+
+        Args:
+            users: (N,) int64.
+            ranks: (N,) int64, each in [0, ``counts[user]``).
+
+        Returns:
+            (N,) int64.
+        """
+        below = torch.searchsorted(self._keys, users * self._stride + ranks, right=True)
+        return ranks + below - self._start[users]
+
+
+class TrainingBatches:
+    """Batches for one epoch after another: every positive once, fresh negatives, shuffled.
+
+    Positives are taken in a random order. Each is followed by ``negatives_per_positive`` negatives of its user,
+    uniform over the items outside the user's training list, and the samples are shuffled in windows of
+    ``WINDOW`` positives, so that memory stays small at any number of ratings.
+
+    Args:
+        split: Where positives come from.
+        batch_size: Samples per batch; the last batch of an epoch holds what is left.
+        negatives_per_positive: Negatives drawn for each positive.
+        seed: An epoch's batches depend on this and on the epoch's number alone.
+        device: Where batches are drawn and handed out.
+    """
+
+    # 1.3 M samples with the default 4 negatives: 30 MB, and hundreds of batches to be spread over.
+    WINDOW = 1 << 18
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        negatives_per_positive: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ):
+        self._users = torch.from_numpy(split.train_users.astype(np.int32)).to(device)
+        self._items = torch.from_numpy(split.train_items.astype(np.int32)).to(device)
+        self._unseen = UnseenItems(
+            split.train_users, split.train_items, split.nb_users, split.nb_items, device
+        )
+        self.batch_size = batch_size
+        self._negatives = negatives_per_positive
+        self._seed = seed
+        self._device = torch.device(device)
+
+    @property
+    def nb_samples(self) -> int:
+        """Positives and negatives in an epoch."""
+        return len(self._users) * (1 + self._negatives)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-self.nb_samples // self.batch_size)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the epoch's batches from number ``skip`` on: users (N,) and items (N,) int64, labels (N,) float32.
+
+        Labels are 1 for a positive and 0 for a negative.
+        """
+        generator = torch.Generator(self._device)
+        # One stream per (seed, epoch), by NumPy's seed hashing; torch takes 63 bits of it.
+        state = np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)[0]
+        generator.manual_seed(int(state >> 1))
+        order = torch.randperm(len(self._users), generator=generator, device=self._device)
+        rest: tuple[Tensor, ...] = ()
+        batch = 0
+        for window in order.split(self.WINDOW):
+            samples = self._window(window, generator)
+            if rest:
+                samples = tuple(torch.cat(parts) for parts in zip(rest, samples, strict=True))
+            whole = len(samples[0]) // self.batch_size * self.batch_size
+            for start in range(0, whole, self.batch_size):
+                if batch >= skip:
+                    yield tuple(tensor[start : start + self.batch_size] for tensor in samples)
+                batch += 1
+            rest = tuple(tensor[whole:] for tensor in samples)
+        if len(rest[0]) and batch >= skip:
+            yield rest
+
+    def _window(self, positives: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Positives (W,) by their index and their negatives, shuffled: users, items and labels."""
+        users, items = self._users[positives].long(), self._items[positives].long()
+        negative_users = users.repeat_interleave(self._negatives)
+        # The remainder of 62 random bits is uniform to within I / 2^62.
+        draws = torch.randint(1 << 62, negative_users.shape, generator=generator, device=self._device)
+        negative_items = self._unseen.item(negative_users, draws % self._unseen.counts[negative_users])
+        users, items = torch.cat([users, negative_users]), torch.cat([items, negative_items])
+        labels = torch.zeros(len(users), device=self._device)
+        labels[: len(positives)] = 1
+        shuffle = torch.randperm(len(users), generator=generator, device=self._device)
+        return users[shuffle], items[shuffle], labels[shuffle]
