@@ -1,0 +1,73 @@
+"""Which module's output goes into which module."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+@dataclass
+class ModuleCall:
+    """A leaf module's place in the graph.
+
+    Attributes:
+        inputs: For each tensor input, the name of the module it comes from; None where it is an input of the
+            model or the result of a function.
+        consumers: The names of the modules that read the output; None for each other use of it.
+        calls: How often the forward calls the module.
+    """
+
+    inputs: list[str | None] = field(default_factory=list)
+    consumers: list[str | None] = field(default_factory=list)
+    calls: int = 0
+
+
+class _LeafTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not any(m.children())
+
+
+def module_graph(model: nn.Module, dummy_input: Any) -> dict[str, ModuleCall]:
+    """Trace a model's forward.
+
+    Args:
+        model: Its forward may branch on arguments that are not tensors, or on (0-dimensional) bool tensors:
+            these are taken as they stand in ``dummy_input``, or at their defaults.
+        dummy_input: The forward's arguments, or the only one.
+
+    Returns:
+        Leaf modules by name, in the order of their first call.
+
+    Raises:
+        ValueError: the forward depends on the values of its tensors and so has no one graph.
+    """
+    arguments = dummy_input if isinstance(dummy_input, tuple | list) else (dummy_input,)
+    bound = inspect.signature(model.forward).bind(*arguments)
+    bound.apply_defaults()
+    fixed = {}
+    for name, value in bound.arguments.items():
+        if not isinstance(value, Tensor):
+            fixed[name] = value
+        elif value.dtype == torch.bool and not value.dim():
+            fixed[name] = bool(value)
+    try:
+        graph = _LeafTracer().trace(model, concrete_args=fixed)
+    except fx.proxy.TraceError as error:
+        raise ValueError(f"the model's forward cannot be traced: {error}") from error
+
+    def name_of(node: fx.Node) -> str | None:
+        return node.target if node.op == "call_module" else None
+
+    calls: dict[str, ModuleCall] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            call = calls.setdefault(node.target, ModuleCall())
+            arguments = [*node.args, *node.kwargs.values()]
+            call.inputs = [name_of(source) for source in arguments if isinstance(source, fx.Node)]
+            call.consumers += [name_of(user) for user in node.users]
+            call.calls += 1
+    return calls

@@ -1,0 +1,112 @@
+"""Which part of a tensor's range is quantized: clip modes over calibrated or measured statistics.
+
+gauss and laplace follow ACIQ (Banner et al., arXiv:1810.05723): the clipping value that minimises the expected
+squared error of a normal or Laplace variable, in units of its std or of b, its mean absolute deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class ClipMode(Enum):
+    """How a range is found; the value is the command line's name."""
+
+    NONE = "none"
+    AVG = "avg"
+    N_STD = "n_std"
+    GAUSS = "gauss"
+    LAPLACE = "laplace"
+
+
+# alpha per number of bits, and its second row for a tensor that a ReLU has cut off at 0.
+ACIQ_ALPHA = {
+    ClipMode.LAPLACE: {
+        False: (1.05, 1.86, 2.83, 3.89, 5.03, 6.2, 7.41, 8.64, 9.89),
+        True: (1.86, 2.83, 3.89, 5.02, 6.2, 7.41, 8.64, 9.89, 11.16),
+    },
+    ClipMode.GAUSS: {
+        False: (None, 1.24, 1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92),
+        True: (None, 1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92, 4.2),
+    },
+}
+ACIQ_MAX_BITS = 8
+
+
+def required_statistics(clip: ClipMode, symmetric: bool) -> tuple[str, ...]:
+    """The keys that ``clip_range`` reads."""
+    if clip is ClipMode.NONE:
+        return ("min", "max")
+    if clip is ClipMode.AVG:
+        return ("avg_min", "avg_max")
+    if clip is ClipMode.N_STD:
+        return ("min", "max", "mean", "std")
+    spread = "b" if clip is ClipMode.LAPLACE else "std"
+    return ("mean", spread) if symmetric else ("mean", spread, "avg_min")
+
+
+def clip_range(
+    statistics: Mapping[str, float | Tensor],
+    clip: ClipMode,
+    symmetric: bool,
+    bits: int,
+    n_stds: float | None = None,
+    half_range: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The float range to quantize.
+
+    Args:
+        statistics: Those that ``required_statistics`` names, as floats (calibrated) or float32 scalars (of the
+            tensor at hand).
+        clip: How the range is found.
+        symmetric: Whether the quantization mode is symmetric.
+        bits: Of the quantized tensor; at most ``ACIQ_MAX_BITS`` for gauss and laplace.
+        n_stds: Standard deviations that n_std keeps on each side of the mean.
+        half_range: The tensor comes out of a fused ReLU.
+
+    Returns:
+        Lower and upper bound, (1,) float32 each.
+    """
+
+    def float32(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32).reshape(1)
+
+    if clip is ClipMode.NONE:
+        return float32(statistics["min"]), float32(statistics["max"])
+    if clip is ClipMode.AVG:
+        return float32(statistics["avg_min"]), float32(statistics["avg_max"])
+    mean = float32(statistics["mean"])
+    if clip is ClipMode.N_STD:
+        reach = n_stds * float32(statistics["std"])
+        low = torch.maximum(float32(statistics["min"]), mean - reach)
+        return low, torch.minimum(float32(statistics["max"]), mean + reach)
+
+    spread = statistics["b" if clip is ClipMode.LAPLACE else "std"]
+    # The product of two doubles where the statistics are calibrated, rounded to float32 once.
+    alpha = float32(spread * ACIQ_ALPHA[clip][half_range and not symmetric][bits])
+    if symmetric:
+        reach = mean.abs() + alpha
+        return -reach, reach
+    low = torch.maximum(float32(statistics["avg_min"]), mean - alpha)
+    return low, low + (alpha if half_range else 2 * alpha)
+
+
+def measure(x: Tensor, clip: ClipMode, symmetric: bool) -> dict[str, Tensor]:
+    """The statistics that ``clip_range`` reads, of one tensor: float32 scalars.
+
+    The averages are over rows; std is the unbiased one and b the mean absolute deviation.
+    """
+    functions = {
+        "min": x.min,
+        "max": x.max,
+        "avg_min": lambda: x.flatten(1).amin(1).mean(),
+        "avg_max": lambda: x.flatten(1).amax(1).mean(),
+        "mean": x.mean,
+        "std": x.std,
+        "b": lambda: (x - x.mean()).abs().mean(),
+    }
+    return {key: functions[key]() for key in required_statistics(clip, symmetric)}

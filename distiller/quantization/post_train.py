@@ -1,0 +1,388 @@
+"""Post-training quantization of a whole model: its modules replaced by their quantized forms."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from ..cli import InputError
+from ..files import atomic_write
+from ..graph import ModuleCall, module_graph
+from ..modules import Concat, EltwiseAdd, EltwiseMult
+from .clipping import ClipMode, required_statistics
+from .integer import IntegerLinear
+from .linear import LinearQuantMode, QuantParams, params_of_range
+from .settings import Request, choice, modes, requests_by_layer
+from .statistics import (
+    Statistics,
+    clip_to_consumers,
+    consumer_bounds,
+    load_statistics,
+    save_statistics,
+    tensor_statistics,
+)
+from .wrappers import (
+    ActivationSettings,
+    FakeQuantized,
+    QuantizedAdd,
+    QuantizedConcat,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedModule,
+    QuantizedMult,
+    WeightQuantizedLinear,
+    WeightSettings,
+)
+
+log = logging.getLogger(__name__)
+
+STATS_FILE, PARAMS_FILE = "quant_stats_after_prepare_model.yaml", "layer_quant_params.yaml"
+# They hand on the tensor they get, and with it what it carries.
+PASS_THROUGH = (nn.Identity, nn.Dropout)
+ELEMENTWISE = (Concat, EltwiseAdd, EltwiseMult)
+
+
+class PostTrainLinearQuantizer:
+    """Quantizes a trained model.
+
+    Args:
+        model: In evaluation mode; changed in place by ``prepare_model``.
+        bits_activations: 1 .. 16; 0 or None leaves activations in float.
+        bits_parameters: Likewise for weights.
+        bits_accum: Of Linear's accumulator, 1 .. 32.
+        overrides: By a regular expression of whole layer names, changes to ``bits_activations``,
+            ``bits_weights``, ``clip_acts``, ``clip_n_stds`` or ``mode``. The first that matches counts.
+        mode: A ``LinearQuantMode``, its name, or a map of both ``activations`` and ``weights``.
+        clip_acts: A ``ClipMode`` or its name.
+        per_channel_wts: One scale per output feature of a Linear, in place of one per layer.
+        model_activation_stats: Calibrated statistics or the path of their file. None: ranges are found on
+            every forward (dynamic quantization).
+        clip_n_stds: For ``ClipMode.N_STD``.
+        scale_approx_mult_bits: Cut scales to multipliers of so many bits and a shift.
+        save_fp_weights: Keep each Linear's float weight and bias beside the integers, as ``float_weight`` and
+            ``float_bias``.
+        integer_kernels: Run Linear's products on the processor's integer instructions.
+
+    Raises:
+        InputError: an argument out of its range.
+        OSError: the statistics file cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bits_activations: int | None = 8,
+        bits_parameters: int | None = 8,
+        bits_accum: int = 32,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        mode: LinearQuantMode | str | Mapping[str, Any] = LinearQuantMode.SYMMETRIC,
+        clip_acts: ClipMode | str = ClipMode.NONE,
+        per_channel_wts: bool = False,
+        model_activation_stats: Statistics | str | os.PathLike | None = None,
+        clip_n_stds: float | None = None,
+        scale_approx_mult_bits: int | None = None,
+        save_fp_weights: bool = False,
+        integer_kernels: bool = False,
+    ):
+        _check_range("--qe-bits-accum (bits_accum)", bits_accum, 32)
+        if scale_approx_mult_bits is not None:
+            _check_range("--qe-scale-approx-bits (scale_approx_mult_bits)", scale_approx_mult_bits, 31)
+        self.model = model
+        self.default = Request(
+            bits_activations,
+            bits_parameters,
+            bits_accum,
+            *modes(mode),
+            choice(ClipMode, clip_acts, "--qe-clip-acts (clip_acts)"),
+            clip_n_stds,
+            per_channel_wts,
+            scale_approx_mult_bits,
+        )
+        self.overrides = dict(overrides or {})
+        if isinstance(model_activation_stats, str | os.PathLike):
+            model_activation_stats = load_statistics(model_activation_stats)
+        self.statistics: Statistics | None = model_activation_stats
+        self.save_fp_weights = save_fp_weights
+        self.linear_type = IntegerLinear if integer_kernels else QuantizedLinear
+
+    @classmethod
+    def from_args(cls, model: nn.Module, args: Namespace) -> PostTrainLinearQuantizer:
+        """The quantizer that the flags of ``add_post_train_quant_args`` ask for.
+
+        Raises:
+            InputError: naming the flag.
+        """
+        if args.qe_config_file:
+            return cls.from_config(model, args.qe_config_file, args)
+        names = leaf_names(model)
+        overrides = {}
+        for flag, layers, changes in (
+            (
+                "--qe-no-quant-layers",
+                args.qe_no_quant_layers,
+                {"bits_activations": None, "bits_weights": None},
+            ),
+            ("--qe-no-clip-layers", args.qe_no_clip_layers, {"clip_acts": ClipMode.NONE}),
+        ):
+            for layer in layers:
+                if layer not in names:
+                    raise InputError(f"{flag}: no layer {layer} among {', '.join(names)}")
+                overrides.setdefault(re.escape(layer), changes)
+        return cls(
+            model,
+            bits_activations=args.qe_bits_acts,
+            bits_parameters=args.qe_bits_wts,
+            bits_accum=args.qe_bits_accum,
+            overrides=overrides,
+            mode={
+                "activations": args.qe_mode_acts or args.qe_mode,
+                "weights": args.qe_mode_wts or args.qe_mode,
+            },
+            clip_acts=args.qe_clip_acts,
+            per_channel_wts=args.qe_per_channel,
+            model_activation_stats=args.qe_stats_file,
+            clip_n_stds=args.qe_clip_n_stds,
+            scale_approx_mult_bits=args.qe_scale_approx_bits,
+            save_fp_weights=args.qe_save_fp_weights,
+            integer_kernels=args.qe_convert_pytorch,
+        )
+
+    @classmethod
+    def from_config(
+        cls, model: nn.Module, path: str | os.PathLike, args: Namespace
+    ) -> PostTrainLinearQuantizer:
+        """The quantizer that a ``--qe-config-file`` asks for.
+
+        Raises:
+            InputError: not YAML, or not one ``PostTrainLinearQuantizer`` with its arguments.
+        """
+        arguments = read_config(path, cls.__name__)
+        try:
+            return cls(
+                model,
+                save_fp_weights=args.qe_save_fp_weights,
+                integer_kernels=args.qe_convert_pytorch,
+                **arguments,
+            )
+        except TypeError as error:
+            raise InputError(f"--qe-config-file: {path}: {error}") from error
+
+    def prepare_model(self, dummy_input: Any) -> None:
+        """Replace the model's modules by quantized ones. A forward changes nothing afterwards.
+
+        Args:
+            dummy_input: Arguments of the model's forward, for tracing it. They are not computed with.
+
+        Raises:
+            InputError: a layer's settings are out of range, or statistics that they need are missing.
+            ValueError: the forward cannot be traced, or calls a module more than once.
+        """
+        self.model.eval()
+        self.graph = module_graph(self.model, dummy_input)
+        self.modules = {name: self.model.get_submodule(name) for name in self.graph}
+        repeated = [name for name, call in self.graph.items() if call.calls > 1]
+        if repeated:
+            raise ValueError(f"{repeated[0]} is called more than once; each call needs a module of its own")
+        requests = requests_by_layer(self.default, self.overrides, self.graph)
+        self.activations = {name: request.activations(name) for name, request in requests.items()}
+        self.weights = {name: request.weights(name) for name, request in requests.items()}
+        self.fused = self._fuse_and_clip()
+        carried: dict[str | None, QuantParams | None] = {}
+        for name, call in self.graph.items():
+            replacement = self._quantized(name, call, carried)
+            if replacement is not None:
+                self._replace(name, replacement)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether ranges are found on every forward, so that a row's result depends on its whole batch."""
+        return self.statistics is None and any(self.activations.values())
+
+    def _fuse_and_clip(self) -> set[str]:
+        """Cut statistics to what consumers keep; the names of the modules that take over their ReLU."""
+        bounds = {
+            name: bound
+            for name, bound in consumer_bounds(self.graph, self.modules).items()
+            if self.activations[name]
+        }
+        if self.statistics is not None:
+            self.statistics = clip_to_consumers(self.statistics, bounds)
+        fused = {
+            name: consumer for name, (consumer, *_) in bounds.items() if self._takes_relu(name, consumer)
+        }
+        for consumer in fused.values():
+            self._replace(consumer, nn.Identity())
+        return set(fused)
+
+    def _takes_relu(self, name: str, consumer: str) -> bool:
+        accumulates = not isinstance(self.modules[name], (nn.Embedding, *PASS_THROUGH))
+        floats = self.statistics is None and isinstance(self.modules[name], ELEMENTWISE)
+        return isinstance(self.modules[consumer], nn.ReLU) and accumulates and not floats
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        self.modules[name] = module
+        self.model.set_submodule(name, module)
+
+    def _quantized(
+        self, name: str, call: ModuleCall, carried: dict[str | None, QuantParams | None]
+    ) -> nn.Module | None:
+        """A module's quantized form, None where it stays; ``carried`` learns what its output carries."""
+        module, activations, weights = self.modules[name], self.activations[name], self.weights[name]
+        if isinstance(module, PASS_THROUGH):
+            carried[name] = carried.get(call.inputs[0])
+            return None
+        if isinstance(module, nn.Embedding) and weights:
+            embedding = QuantizedEmbedding(module, self._table_params(name, module, weights))
+            carried[name] = embedding.params
+            return embedding
+        if activations is None:
+            return WeightQuantizedLinear(module, weights) if _is_linear(module) and weights else None
+        if self.statistics is None and isinstance(module, ELEMENTWISE):
+            log.warning("dynamic quantization leaves %s (%s) in float", name, type(module).__name__)
+            return None
+        quantized = self._quantized_activations(name, module, activations, weights, carried)
+        carried[name] = None if self.statistics is None else quantized.output_params(torch.empty(0))
+        return quantized
+
+    def _quantized_activations(
+        self,
+        name: str,
+        module: nn.Module,
+        activations: ActivationSettings,
+        weights: WeightSettings | None,
+        carried: Mapping[str | None, QuantParams | None],
+    ) -> QuantizedModule:
+        fused = name in self.fused
+        inputs, output = None, None
+        if self.statistics is not None:
+            inputs = self._input_params(name, module, activations, carried)
+            output = self._params(name, None, activations, fused)
+        common = (activations, inputs, output, fused)
+        if _is_linear(module) and weights:
+            quantized = self.linear_type(module, weights, *common)
+            if self.save_fp_weights:
+                quantized.register_buffer("float_weight", module.weight.detach())
+                quantized.register_buffer("float_bias", None if module.bias is None else module.bias.detach())
+            return quantized
+        if isinstance(module, EltwiseMult):
+            return QuantizedMult(*common)
+        if isinstance(module, EltwiseAdd):
+            return QuantizedAdd(*common)
+        if isinstance(module, Concat):
+            return QuantizedConcat(module.dim, *common)
+        return FakeQuantized(module, *common)
+
+    def _input_params(
+        self,
+        name: str,
+        module: nn.Module,
+        activations: ActivationSettings,
+        carried: Mapping[str | None, QuantParams | None],
+    ) -> list[QuantParams]:
+        """Of every input: what it carries, or else from its own statistics."""
+        if isinstance(module, nn.Embedding):
+            return []  # its input is an index
+        return [
+            carried.get(source) or self._params(name, position, activations, half_range=False)
+            for position, source in enumerate(self.graph[name].inputs)
+        ]
+
+    def _params(
+        self, name: str, position: int | None, activations: ActivationSettings, half_range: bool
+    ) -> QuantParams:
+        keys = required_statistics(activations.clip, activations.mode.symmetric)
+        statistics = tensor_statistics(self.statistics, name, position, keys)
+        try:
+            return activations.params(statistics, half_range)
+        except ValueError as error:
+            raise InputError(f"--qe-stats-file: layer {name}: {error}") from error
+
+    def _table_params(self, name: str, embedding: nn.Embedding, weights: WeightSettings) -> QuantParams:
+        """Of an embedding's table: over its calibrated outputs, or over all of it where there are none."""
+        if self.statistics is None:
+            low, high = embedding.weight.detach().min(), embedding.weight.detach().max()
+        else:
+            output = tensor_statistics(self.statistics, name, None, ("min", "max"))
+            low, high = torch.tensor(output["min"]), torch.tensor(output["max"])
+        return params_of_range(low.reshape(1), high.reshape(1), weights.bits, weights.mode)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Leave in a directory what ``prepare_model`` made: ranges as used, and every layer's parameters."""
+        if self.statistics is not None:
+            save_statistics(self.statistics, Path(directory) / STATS_FILE)
+        with atomic_write(Path(directory) / PARAMS_FILE) as temporary:
+            temporary.write_text(yaml.safe_dump(self.describe(), sort_keys=False))
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """By quantized layer: type, bits, modes, clipping, and its scales and zero points where they are scalars."""
+        result = {}
+        for name, module in self.modules.items():
+            if isinstance(module, QuantizedModule | QuantizedEmbedding | WeightQuantizedLinear):
+                result[name] = {"type": type(module).__name__} | self._describe(name, module)
+        return result
+
+    def _describe(self, name: str, module: nn.Module) -> dict[str, Any]:
+        entry: dict[str, Any] = {}
+        activations, weights = self.activations[name], self.weights[name]
+        if isinstance(module, QuantizedModule):
+            entry |= {
+                "bits_activations": activations.bits,
+                "mode_activations": activations.mode.value,
+                "clip_acts": activations.clip.value,
+                "fused_relu": module.fused_relu,
+            }
+        if hasattr(module, "w_scale"):
+            entry |= {
+                "bits_weights": weights.bits,
+                "mode_weights": weights.mode.value,
+                "per_channel_wts": weights.per_channel and len(module.w_scale) > 1,
+            }
+        scalars = {
+            key: value.item()
+            for key, value in module.named_buffers(recurse=False)
+            if key.endswith(("scale", "zero_point")) and value.numel() == 1
+        }
+        return entry | scalars
+
+
+def leaf_names(model: nn.Module) -> list[str]:
+    """Names of the modules without children, in the order of ``named_modules``."""
+    return [name for name, module in model.named_modules() if not any(module.children())]
+
+
+def read_config(path: str | os.PathLike, expected_class: str) -> dict[str, Any]:
+    """The constructor arguments in a ``--qe-config-file``.
+
+    Raises:
+        InputError: not YAML, or not a ``quantizers`` map of one entry of the class.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+            raise InputError(f"--qe-config-file: {path}: not YAML: {' '.join(str(error).split())}") from error
+    quantizers = content.get("quantizers") if isinstance(content, dict) else None
+    if not isinstance(quantizers, dict) or len(quantizers) != 1:
+        raise InputError(f"--qe-config-file: {path}: not a map 'quantizers' of one entry")
+    (entry,) = quantizers.values()
+    if not isinstance(entry, dict) or entry.get("class") != expected_class:
+        raise InputError(f"--qe-config-file: {path}: its quantizer is not of class {expected_class}")
+    return {key: value for key, value in entry.items() if key != "class"}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _check_range(flag: str, value: object, greatest: int) -> None:
+    if type(value) is not int or not 1 <= value <= greatest:
+        raise InputError(f"{flag}: {value!r}; it takes 1 to {greatest}")

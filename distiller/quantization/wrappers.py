@@ -1,0 +1,377 @@
+"""Quantized forms of modules. They simulate integer arithmetic: integers held in floats, without error.
+
+Each takes float tensors, quantizes them, accumulates, and returns the dequantized output, which carries its
+``QuantParams``, so that a wrapper that reads it recovers the same integers.
+
+Shapes: N rows, K input features, M output features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .clipping import ClipMode, clip_range, measure
+from .linear import (
+    LinearQuantMode,
+    QuantParams,
+    approximate_scale,
+    dequantize,
+    fake_quantize,
+    integer_range,
+    params_of_range,
+    quantize,
+    storage_dtype,
+)
+
+# Float32 adds integers without error, in any order, while no partial sum reaches this.
+EXACT_IN_FLOAT32 = 1 << 24
+BIAS_BITS = 32  # of a bias that is not yet in its accumulator's units
+ACCUMULATOR_BITS = 32  # of every accumulator but Linear's, which has a setting
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """How one layer's activations are quantized.
+
+    Attributes:
+        bits: 1 or more.
+        mode: Of quantization.
+        clip: Which part of the range is kept.
+        n_stds: For ``ClipMode.N_STD``.
+        scale_bits: Multiplier bits that scales are cut to; None for no such limit.
+    """
+
+    bits: int
+    mode: LinearQuantMode
+    clip: ClipMode = ClipMode.NONE
+    n_stds: float | None = None
+    scale_bits: int | None = None
+
+    def params(self, statistics: dict, half_range: bool = False) -> QuantParams:
+        """Scale and zero point from a tensor's statistics. Zero points come from the scale before its cut."""
+        low, high = clip_range(statistics, self.clip, self.mode.symmetric, self.bits, self.n_stds, half_range)
+        exact = params_of_range(low, high, self.bits, self.mode)
+        scale = approximate_scale(exact.scale, self.scale_bits)
+        return QuantParams(scale, exact.zero_point, exact.q_min, exact.q_max)
+
+    def params_of_tensor(self, x: Tensor, half_range: bool = False) -> QuantParams:
+        """Scale and zero point from the tensor at hand."""
+        return self.params(measure(x, self.clip, self.mode.symmetric), half_range)
+
+
+def carry(x: Tensor, params: QuantParams) -> Tensor:
+    """``x``, which from here on carries the parameters it was quantized with."""
+    x.quant_params = params
+    return x
+
+
+def carried(x: Tensor) -> QuantParams | None:
+    """The parameters that a tensor was quantized with, None for a float tensor."""
+    return getattr(x, "quant_params", None)
+
+
+class QuantizedModule(nn.Module, ABC):
+    """Quantizes its inputs, accumulates in integers, and requantizes to its output's parameters.
+
+    Args:
+        settings: Of this layer's activations.
+        inputs: Parameters of each input, which its producer carries or which come from statistics. None:
+            found on every forward, carried or else measured (dynamic quantization).
+        output: Parameters of the output; None likewise.
+        fused_relu: Apply ReLU to the accumulator.
+    """
+
+    def __init__(
+        self,
+        settings: ActivationSettings,
+        inputs: Sequence[QuantParams] | None,
+        output: QuantParams | None,
+        fused_relu: bool = False,
+    ):
+        super().__init__()
+        self.settings = settings
+        self.fused_relu = fused_relu
+        self._ranges: dict[str, tuple[int, int]] = {}
+        self.dynamic = output is None
+        if output is not None:
+            self._register("output", output)
+            for position, params in enumerate(inputs):
+                self._register(f"input_{position}", params)
+
+    def _register(self, name: str, params: QuantParams) -> None:
+        """Keep parameters as buffers, so that they move between devices and into checkpoints."""
+        self.register_buffer(f"{name}_scale", params.scale)
+        self.register_buffer(f"{name}_zero_point", params.zero_point)
+        self._ranges[name] = (params.q_min, params.q_max)
+
+    def _registered(self, name: str) -> QuantParams:
+        return QuantParams(
+            getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point"), *self._ranges[name]
+        )
+
+    def input_params(self, position: int, x: Tensor) -> QuantParams:
+        """The parameters to quantize input ``position`` with."""
+        if self.dynamic:
+            return carried(x) or self.settings.params_of_tensor(x)
+        return self._registered(f"input_{position}")
+
+    def output_params(self, x: Tensor, scale: Tensor | float = 1.0) -> QuantParams:
+        """The parameters to quantize the output with, which in floats is ``x / scale``."""
+        if self.dynamic:
+            return self.settings.params_of_tensor(x / scale, half_range=self.fused_relu)
+        return self._registered("output")
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor) -> Tensor: ...
+
+
+class FakeQuantized(QuantizedModule):
+    """Any module, run in floats between quantized inputs and a quantized output."""
+
+    def __init__(self, module: nn.Module, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        # Indices are no activations. Quantizing again what already is quantized changes nothing.
+        seen = [
+            fake_quantize(x, self.input_params(position, x)) if x.is_floating_point() else x
+            for position, x in enumerate(inputs)
+        ]
+        x = self.module(*seen)
+        if self.fused_relu:
+            x = F.relu(x)
+        params = self.output_params(x)
+        return carry(fake_quantize(x, params), params)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A quantized input: its integers, whole numbers in float32, and their parameters."""
+
+    q: Tensor
+    params: QuantParams
+
+    @property
+    def integers(self) -> Tensor:
+        """The input in units of its scale: q + zero_point."""
+        return self.q + self.params.zero_point
+
+    @property
+    def scale(self) -> Tensor:
+        return self.params.scale
+
+
+class AccumulatingModule(QuantizedModule):
+    """An operation on integers: an accumulator with a scale of its own, then requantized."""
+
+    @abstractmethod
+    def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
+        """The accumulator, whole numbers in float32, and its scale in quanta per unit."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        operands = []
+        for position, x in enumerate(inputs):
+            params = self.input_params(position, x)
+            operands.append(Operand(quantize(x, params), params))
+        accumulator, scale = self.accumulate(*operands)
+        if self.fused_relu:
+            accumulator = F.relu(accumulator)
+        output = self.output_params(accumulator, scale)
+        requantize = approximate_scale(output.scale / scale, self.settings.scale_bits)
+        q = quantize(accumulator, QuantParams(requantize, output.zero_point, output.q_min, output.q_max))
+        return carry(dequantize(q, output), output)
+
+
+class QuantizedMult(AccumulatingModule):
+    """``EltwiseMult``: the integers' product is in units of the scales' product."""
+
+    def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
+        integers, scale = operands[0].integers, operands[0].scale
+        for operand in operands[1:]:
+            integers, scale = integers * operand.integers, scale * operand.scale
+        return saturate(integers, ACCUMULATOR_BITS), scale
+
+
+class RescalingModule(AccumulatingModule):
+    """Brings every input to the output's scale, where they add up or stand beside each other."""
+
+    def rescale(self, operand: Operand) -> Tensor:
+        rescaled = torch.round(operand.integers * (self.output_scale / operand.scale))
+        return saturate(rescaled, ACCUMULATOR_BITS)
+
+
+class QuantizedConcat(RescalingModule):
+    """``Concat`` along ``dim``."""
+
+    def __init__(self, dim: int, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dim = dim
+
+    def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.rescale(x) for x in operands], dim=self.dim), self.output_scale
+
+
+class QuantizedAdd(RescalingModule):
+    """``EltwiseAdd``."""
+
+    def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
+        total = self.rescale(operands[0])
+        for operand in operands[1:]:
+            total = total + self.rescale(operand)
+        return total, self.output_scale
+
+
+def saturate(integers: Tensor, bits: int) -> Tensor:
+    """Integers within a signed accumulator of ``bits`` bits."""
+    return integers.clamp(*integer_range(bits, LinearQuantMode.SYMMETRIC))
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """How one layer's weights are quantized.
+
+    Attributes:
+        bits: 1 or more.
+        mode: Of quantization.
+        per_channel: One scale per output feature of a Linear.
+        accumulator_bits: Of a Linear's accumulator.
+    """
+
+    bits: int
+    mode: LinearQuantMode
+    per_channel: bool = False
+    accumulator_bits: int = ACCUMULATOR_BITS
+
+    def params(self, weight: Tensor) -> QuantParams:
+        """Parameters over the whole range of a Linear's (M, K) weight: (M,) per channel, else (1,)."""
+        rows = weight.detach() if self.per_channel else weight.detach().reshape(1, -1)
+        return params_of_range(rows.amin(1), rows.amax(1), self.bits, self.mode)
+
+
+def by_row(params: QuantParams) -> QuantParams:
+    """(M,) parameters as (M, 1), for a weight's rows."""
+    return QuantParams(params.scale[:, None], params.zero_point[:, None], params.q_min, params.q_max)
+
+
+def bias_params(bias: Tensor) -> QuantParams:
+    """Parameters of a bias on its own: symmetric over the whole tensor, (1,)."""
+    reach = bias.detach().abs().max().reshape(1)
+    return params_of_range(-reach, reach, BIAS_BITS, LinearQuantMode.SYMMETRIC)
+
+
+def quantize_weights(module: nn.Module, weight: Tensor, params: QuantParams) -> None:
+    """Give ``module`` the integers of a weight and their parameters as buffers: weight, w_scale, w_zero_point."""
+    q = quantize(weight.detach(), by_row(params))
+    module.register_buffer("weight", q.to(storage_dtype(params.q_min, params.q_max)))
+    module.register_buffer("w_scale", params.scale)
+    module.register_buffer("w_zero_point", params.zero_point)
+
+
+class QuantizedLinear(AccumulatingModule):
+    """``nn.Linear`` in integers: acc = (q_x + zp_x) . (q_w + zp_w) + bias.
+
+    The bias is held in the accumulator's units; in dynamic quantization these are only known per forward, and
+    it is rescaled from integers of its own. Products and sums are exact: in float32 while none can reach
+    2^24, in float64 where one can.
+
+    Args:
+        linear: The float layer.
+        weights: How its weights are quantized.
+        args, kwargs: Of ``QuantizedModule``.
+    """
+
+    def __init__(self, linear: nn.Linear, weights: WeightSettings, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.accumulator_bits = weights.accumulator_bits
+        params = weights.params(linear.weight)
+        self.weight_range = (params.q_min, params.q_max)
+        quantize_weights(self, linear.weight, params)
+        self._quantize_bias(linear.bias)
+        self._prepare_product(self.weight + params.zero_point[:, None])
+
+    def _quantize_bias(self, bias: Tensor | None) -> None:
+        self.bias: Tensor | None
+        if bias is None:
+            self.register_buffer("bias", None)
+        elif self.dynamic:
+            params = bias_params(bias)
+            self.register_buffer("bias", quantize(bias.detach(), params))
+            self.register_buffer("bias_scale", params.scale)
+        else:
+            units = self._accumulator_scale(self._registered("input_0").scale)
+            self.register_buffer("bias", saturate(torch.round(units * bias.detach()), self.accumulator_bits))
+
+    def _prepare_product(self, operand: Tensor) -> None:
+        """Get ready to multiply by the (M, K) whole numbers q_w + zp_w."""
+        largest_bias = 0 if self.bias is None or self.dynamic else self.bias.abs().max().item()
+        largest = operand.double().abs().sum(1).max().item() * 2**self.settings.bits + largest_bias
+        self.exact_dtype = torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
+        self.register_buffer("operand", operand.to(self.exact_dtype), persistent=False)
+
+    def _accumulator_scale(self, input_scale: Tensor) -> Tensor:
+        return approximate_scale(input_scale * self.w_scale, self.settings.scale_bits)
+
+    def _bias_in(self, units: Tensor) -> Tensor | None:
+        """(M,) the bias in units of the accumulator."""
+        if self.bias is None or not self.dynamic:
+            return self.bias
+        rescale = approximate_scale(units / self.bias_scale, self.settings.scale_bits)
+        return saturate(torch.round(rescale * self.bias), self.accumulator_bits)
+
+    def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
+        (x,) = operands
+        scale = self._accumulator_scale(x.scale)
+        total = self.product(x).to(self.exact_dtype)
+        bias = self._bias_in(scale)
+        if bias is not None:
+            total = total + bias
+        return saturate(total, self.accumulator_bits).float(), scale
+
+    def product(self, x: Operand) -> Tensor:
+        """(N, M) exact products of (N, K) integers with the weights' integers."""
+        return F.linear(x.integers.to(self.exact_dtype), self.operand)
+
+
+class QuantizedEmbedding(nn.Module):
+    """``nn.Embedding`` with a table of integers; what it hands out carries the table's parameters.
+
+    Args:
+        embedding: The float layer.
+        params: (1,) parameters of the table. Values beyond their range saturate.
+    """
+
+    def __init__(self, embedding: nn.Embedding, params: QuantParams):
+        super().__init__()
+        self._range = (params.q_min, params.q_max)
+        quantize_weights(self, embedding.weight, params)
+
+    @property
+    def params(self) -> QuantParams:
+        return QuantParams(self.w_scale, self.w_zero_point, *self._range)
+
+    def forward(self, index: Tensor) -> Tensor:
+        params = self.params
+        return carry(dequantize(F.embedding(index, self.weight), params), params)
+
+
+class WeightQuantizedLinear(nn.Module):
+    """``nn.Linear`` on float activations, its weights and bias rounded to what integers can hold."""
+
+    def __init__(self, linear: nn.Linear, weights: WeightSettings):
+        super().__init__()
+        params = weights.params(linear.weight)
+        self.register_buffer("weight", fake_quantize(linear.weight.detach(), by_row(params)))
+        self.register_buffer("w_scale", params.scale)
+        self.register_buffer("w_zero_point", params.zero_point)
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.register_buffer("bias", bias if bias is None else fake_quantize(bias, bias_params(bias)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
