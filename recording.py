@@ -1,0 +1,186 @@
+"""What a run leaves behind, in one directory: log, configuration, results, TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distiller.cli import InputError
+from distiller.files import atomic_write
+
+CHECKPOINT, BEST = "checkpoint.pth.tar", "best.pth.tar"
+CONFIG, RESULTS, LOG = "config.json", "valid_results.csv", "ncf.log"
+
+PICTURES = "histograms"
+RUNS = Path("run/neumf")
+WEIGHT_BINS = 200  # one for every three pixels of a picture
+
+log = logging.getLogger("ncf")
+
+
+def show_messages() -> None:
+    """Send messages of this program and of ``distiller`` to stdout, warnings to stderr in the errors' form."""
+    results = logging.StreamHandler(sys.stdout)
+    results.setFormatter(logging.Formatter("%(message)s"))
+    results.addFilter(lambda record: logging.INFO <= record.levelno < logging.WARNING)
+    warnings = logging.StreamHandler(sys.stderr)
+    warnings.setFormatter(logging.Formatter("ncf.py: warning: %(message)s"))
+    warnings.setLevel(logging.WARNING)
+    for name in ("ncf", "distiller"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG)
+        logger.handlers = [results, warnings]
+        logger.propagate = False
+
+
+def open_run_directory(out_dir: str | None, name: str | None) -> Path:
+    """Make the run's directory and start its log, with versions, machine and command line at its head.
+
+    Args:
+        out_dir: The directory; by default a fresh one below ``RUNS``, named by date and time.
+        name: Put before the date in a fresh directory's name.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    if out_dir is None:
+        directory = _fresh_directory(RUNS, f"{name}-" if name else "")
+    else:
+        directory = Path(out_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(directory / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for logger_name in ("ncf", "distiller"):
+        logging.getLogger(logger_name).addHandler(handler)
+    log.debug("command: %s", command_line())
+    log.debug("python %s, torch %s, numpy %s", platform.python_version(), torch.__version__, np.__version__)
+    log.debug(
+        "machine: %s, %d processors, %d threads", platform.platform(), os.cpu_count(), torch.get_num_threads()
+    )
+    return directory
+
+
+def _fresh_directory(parent: Path, prefix: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y-%m-%d-%H%M%S")
+    for number in range(1, 1000):
+        directory = parent / f"{prefix}{stamp}{f'-{number}' if number > 1 else ''}"
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        return directory
+    raise InputError(f"-o/--out-dir: no free name like {directory} in {parent}")
+
+
+def command_line() -> str:
+    """This process's command line, quoted for a shell."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write the resolved configuration as JSON."""
+    with atomic_write(directory / CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def clear_run(directory: Path) -> None:
+    """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
+    for pattern in (CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"):
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
+def require_matplotlib(flag: str) -> None:
+    """Raise an ``InputError`` where there is no matplotlib to draw ``flag``'s pictures with."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError(f"{flag} draws pictures with matplotlib: pip install matplotlib")
+
+
+class Recorder:
+    """Records into a run's directory: a CSV row per epoch, TensorBoard events, pictures.
+
+    Args:
+        directory: The run's.
+        pictures: Record histograms of weights after each epoch, to TensorBoard and as a picture per layer.
+    """
+
+    def __init__(self, directory: Path, pictures: bool = False):
+        # Imported here: it takes a second that evaluation and calibration need not wait.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory = directory
+        self.pictures = pictures
+        self.writer = SummaryWriter(str(directory))
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Record values against the number of training steps done."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def epoch(self, row: Mapping[str, float]) -> None:
+        """Append a row to ``valid_results.csv``; the first one brings the header."""
+        path = self.directory / RESULTS
+        fresh = not path.exists()
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row))
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+        self.writer.flush()
+
+    def weights(self, model: nn.Module, epoch: int) -> None:
+        """Record histograms of a model's weights, where pictures are asked for."""
+        if not self.pictures:
+            return
+        for name, parameter in model.named_parameters():
+            values = parameter.detach().float().cpu()
+            self.writer.add_histogram(f"weights/{name}", values, epoch)
+            low, high = (bound.item() for bound in values.aminmax())
+            counts = torch.histc(values, WEIGHT_BINS, low, high)
+            edges = torch.linspace(low, high, WEIGHT_BINS + 1)
+            self._picture(name, f"{name}, after epoch {epoch}", counts, edges)
+        self.writer.flush()
+
+    def activations(self, histograms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Record histograms of layers' outputs: (bins,) counts and (bins + 1,) edges each."""
+        for name, (counts, edges) in histograms.items():
+            centres = (edges[1:] + edges[:-1]) / 2
+            self.writer.add_histogram_raw(
+                f"activations/{name}",
+                min=edges[0].item(),
+                max=edges[-1].item(),
+                num=counts.sum().item(),
+                sum=(counts * centres).sum().item(),
+                sum_squares=(counts * centres.square()).sum().item(),
+                bucket_limits=edges[1:].tolist(),
+                bucket_counts=counts.tolist(),
+            )
+            self._picture(name, f"output of {name}", counts, edges)
+        self.writer.flush()
+
+    def _picture(self, name: str, title: str, counts: Tensor, edges: Tensor) -> None:
+        """Draw a histogram to a file of its own, with counts on a log scale: rare values set the range."""
+        from matplotlib.figure import Figure
+
+        axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+        axes.stairs(counts.numpy(), edges.numpy(), fill=True)
+        axes.set(title=title, xlabel="value", ylabel="count", yscale="log", ylim=(0.5, None))
+        path = self.directory / PICTURES / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
