@@ -26,6 +26,8 @@ from distiller.files import file_digest
 from distiller.quantization import PostTrainLinearQuantizer, add_post_train_quant_args
 from distiller.quantization.arguments import portion
 from distiller.quantization.statistics import foreign_statistics, save_statistics
+from distiller.quantization.train_aware import without_ranges
+from distiller.schedule import CompressionSchedule, load_schedule, prepare_quantization_aware
 from evaluation import evaluate, score_all, users_per_block
 from neumf import NeuMF
 from training import Progress, Stop, Trainer, score_training_pairs
@@ -107,6 +109,7 @@ def build_parser() -> ArgumentParser:
     add("--overwrite", action="store_true", help="train in -o although it holds a run; that run is lost")
     add("--max-steps", type=int, metavar="N", help="stop training after N steps, evaluate and save")
     add("--eval", "--evaluate", dest="evaluate", action="store_true", help="evaluate; no training")
+    add("--compress", metavar="FILE", help="YAML of quantization-aware training and learning-rate schedules")
     add("--eval-fp16", action="store_true", help="evaluate in half precision; no training")
     add(
         "-o",
@@ -234,8 +237,9 @@ def load_model(args: Namespace, path: str | Path, split: Split) -> tuple[NeuMF, 
         InputError: no checkpoint of a NeuMF, or its sizes are not the data's or the flags'.
     """
     checkpoint = load_checkpoint(path)
+    weights = without_ranges(checkpoint["state_dict"])
     try:
-        sizes = neumf.sizes_from_state_dict(checkpoint["state_dict"])
+        sizes = neumf.sizes_from_state_dict(weights)
     except InputError as error:
         raise InputError(f"--load: {path}: {error}") from error
     if (sizes["nb_users"], sizes["nb_items"]) != (split.nb_users, split.nb_items):
@@ -250,8 +254,18 @@ def load_model(args: Namespace, path: str | Path, split: Split) -> tuple[NeuMF, 
         if given not in (None, size):
             raise InputError(f"{flag}: {given} asked for, but {path} has {size}")
     model = NeuMF(**sizes | {"split_final": args.split_final})
-    model.load_state_dict(neumf.with_final_layer(checkpoint["state_dict"], args.split_final))
+    model.load_state_dict(neumf.with_final_layer(weights, args.split_final))
     return model, checkpoint
+
+
+def restore_rounding(model: NeuMF, checkpoint: dict[str, Any], args: Namespace) -> None:
+    """Make the model of a quantization-aware checkpoint round as it did in training, with the ranges it had."""
+    if neumf.is_split(checkpoint["state_dict"]) != args.split_final:
+        raise InputError(
+            "--split-final: the checkpoint's ranges are those of its final layer as it was trained"
+        )
+    prepare_quantization_aware(model, checkpoint["quantization_aware"])
+    model.load_state_dict(checkpoint["state_dict"])
 
 
 def train(args: Namespace, split: Split, device: torch.device) -> None:
@@ -264,17 +278,21 @@ def train(args: Namespace, split: Split, device: torch.device) -> None:
         )
     if args.param_hist:
         recording.require_matplotlib("--param-hist")
+    schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
     torch.manual_seed(args.seed)
     if start:
         model, checkpoint = load_model(args, start, split)
+        if schedule.quantizer is not None and checkpoint.get("quantization_aware") == schedule.quantizer:
+            restore_rounding(model, checkpoint, args)
     else:
         sizes = (args.factors or DEFAULT_FACTORS, args.layers or DEFAULT_LAYERS)
         model, checkpoint = NeuMF(split.nb_users, split.nb_items, *sizes, args.split_final), None
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
+    schedule.bind(optimizer)
     progress = Progress()
     if checkpoint and not args.reset_optimizer:
-        progress = restore(optimizer, checkpoint, args, start)
+        progress = restore(optimizer, schedule, checkpoint, args, start)
     if progress.epoch >= args.epochs:
         raise InputError(f"-e/--epochs: {start} already has {progress.epoch} epochs, {args.epochs} asked for")
 
@@ -286,31 +304,46 @@ def train(args: Namespace, split: Split, device: torch.device) -> None:
     batches = TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device)
     recorder = recording.Recorder(directory, pictures=args.param_hist)
     trainer = Trainer(
-        model, optimizer, batches, split, recorder, config, args.topk, args.log_freq, device, progress
+        model,
+        optimizer,
+        batches,
+        split,
+        recorder,
+        config,
+        args.topk,
+        schedule,
+        args.log_freq,
+        device,
+        progress,
     )
     trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
 
 
 def restore(
-    optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], args: Namespace, path: str | Path
+    optimizer: torch.optim.Optimizer,
+    schedule: CompressionSchedule,
+    checkpoint: dict[str, Any],
+    args: Namespace,
+    path: str | Path,
 ) -> Progress:
-    """Put the optimizer where the checkpoint left it; where training goes on from."""
+    """Put optimizer and schedule where the checkpoint left them; where training goes on from."""
     if neumf.is_split(checkpoint["state_dict"]) != args.split_final:
         raise InputError(
             f"--split-final: {path} has its final layer the other way, which its optimizer state cannot follow; "
             "--reset-optimizer starts without that state"
         )
-    learning_rate = optimizer.param_groups[0]["lr"]
     try:
         optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        schedule.load_state_dict(checkpoint.get("schedule_state_dict", {}))
         epoch = int(checkpoint["epoch"])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: no optimizer state to go on with ({type(error).__name__}: {error}); "
             "--reset-optimizer starts without one"
         ) from error
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    if args.learning_rate != checkpoint.get("config", {}).get("learning_rate"):
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate
     if "progress" not in checkpoint:  # the original's, saved after a whole epoch
         return Progress(epoch=epoch + 1)
     progress = Progress(**checkpoint["progress"])
@@ -322,7 +355,7 @@ def restore(
 def resolved_config(args: Namespace, split: Split, device: torch.device, model: NeuMF) -> dict[str, Any]:
     """Every setting as it was in the end: what ``config.json`` and checkpoints record."""
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    sizes = neumf.sizes_from_state_dict(model.state_dict())
+    sizes = neumf.sizes_from_state_dict(without_ranges(model.state_dict()))
     return config | {
         "factors": sizes["mf_dim"],
         "layers": sizes["mlp_layer_sizes"],
@@ -379,7 +412,10 @@ def draw_activation_histograms(args: Namespace, split: Split, device: torch.devi
 
 def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device) -> None:
     """Evaluate in FP32, in half precision, or quantized."""
-    model, _ = load_model(args, args.load, split)
+    model, checkpoint = load_model(args, args.load, split)
+    if checkpoint.get("quantization_aware") and not args.quantize_eval:
+        log.info("Evaluated as trained: quantization-aware, with rounded weights and activations")
+        restore_rounding(model, checkpoint, args)
     model.to(device)
     block = users_per_block(split)
     quantizer = None

@@ -16,6 +16,8 @@ from tqdm import tqdm, trange
 from dataset import Split, TrainingBatches
 from distiller.checkpoint import save_checkpoint
 from distiller.cli import InputError
+from distiller.quantization.train_aware import is_quantization_aware
+from distiller.schedule import CompressionSchedule
 from evaluation import Metrics, evaluate
 from recording import BEST, CHECKPOINT, Recorder
 
@@ -63,6 +65,7 @@ class Trainer:
         recorder: Where results and checkpoints go.
         config: The resolved configuration, stored in every checkpoint.
         k: Of HR@k and NDCG@k.
+        schedule: What ``--compress`` does to model and learning rate, bound to ``optimizer``.
         log_freq: Steps between two updates of the progress bar and of TensorBoard.
         device: The model's.
         progress: Where to go on from.
@@ -77,6 +80,7 @@ class Trainer:
         recorder: Recorder,
         config: Mapping[str, Any],
         k: int = 10,
+        schedule: CompressionSchedule | None = None,
         log_freq: int = 100,
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
@@ -88,6 +92,7 @@ class Trainer:
         self.recorder = recorder
         self.config = config
         self.k = k
+        self.schedule = schedule or CompressionSchedule()
         self.log_freq = log_freq
         self.device = device
         self.progress = progress or Progress()
@@ -102,6 +107,7 @@ class Trainer:
         steps_left = stop.max_steps if stop.max_steps is not None else math.inf
         while self.progress.epoch < stop.epochs and steps_left > 0:
             epoch, first_step = self.progress.epoch, self.progress.step
+            self.schedule.epoch_begin(epoch, self.model)
             start = time.perf_counter()
             average_loss = self._train_epoch(steps_left)
             train_time_s = time.perf_counter() - start
@@ -113,6 +119,7 @@ class Trainer:
             val_time_s = time.perf_counter() - start
             self._report(epoch, metrics, average_loss, steps, train_time_s, val_time_s)
             if self.progress.step == len(self.batches):
+                self.schedule.epoch_end(epoch, metrics.hr)
                 self.progress.epoch, self.progress.step = epoch + 1, 0
             self._save(epoch, metrics)
             if stop.threshold is not None and metrics.hr >= stop.threshold:
@@ -187,6 +194,8 @@ class Trainer:
             "state_dict": self.model.state_dict(),
             "optimizer_type": type(self.optimizer).__name__,
             "optimizer_state_dict": self.optimizer.state_dict(),
+            "schedule_state_dict": self.schedule.state_dict(),
+            "quantization_aware": self.schedule.quantizer if is_quantization_aware(self.model) else None,
             "epoch": epoch,
             "progress": vars(self.progress),
             "k": self.k,

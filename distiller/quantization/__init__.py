@@ -4,5 +4,12 @@ from .arguments import add_post_train_quant_args
 from .clipping import ClipMode
 from .linear import LinearQuantMode
 from .post_train import PostTrainLinearQuantizer
+from .train_aware import NCFQuantAwareTrainQuantizer
 
-__all__ = ["ClipMode", "LinearQuantMode", "PostTrainLinearQuantizer", "add_post_train_quant_args"]
+__all__ = [
+    "ClipMode",
+    "LinearQuantMode",
+    "NCFQuantAwareTrainQuantizer",
+    "PostTrainLinearQuantizer",
+    "add_post_train_quant_args",
+]

@@ -1,0 +1,40 @@
+# make demo                     install, then everything on a small synthetic set, down to the README's table
+# make test                     install, lint, all tests
+# make table DATA=ratings.csv   the README's benchmark table for real data (or an already converted directory)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What `make table` trains for; the published recipe otherwise.
+EPOCHS ?= 20
+SEED ?= 1
+
+.PHONY: demo test lint table clean
+
+demo: $(VENV)/installed
+	$(BIN)/python synthetic.py --users 1000 --items 1500 --ratings 100000 --seed 1 demo-ratings.csv
+	$(BIN)/python benchmarks/table.py demo-ratings.csv --out run/demo --overwrite \
+		--epochs 10 --seed $(SEED) --factors 16 --layers 64 32 16 --batch-size 1024 --learning-rate 0.002
+
+test: $(VENV)/tests-installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/tests-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+table: $(VENV)/installed
+	@test -n "$(DATA)" || { echo 'make table: DATA=ratings.csv or DATA=directory of a split' >&2; exit 2; }
+	$(BIN)/python benchmarks/table.py $(DATA) --epochs $(EPOCHS) --seed $(SEED)
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/tests-installed: $(VENV)/installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) run/demo demo-ratings.csv

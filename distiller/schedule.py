@@ -1,0 +1,208 @@
+"""The ``--compress`` file: which quantizer and which learning-rate schedulers act in which epochs.
+
+quantizers:
+  aware:
+    class: NCFQuantAwareTrainQuantizer
+    bits_activations: 8
+lr_schedulers:
+  decay:
+    class: ExponentialLR
+    gamma: 0.5
+policies:
+  - quantizer: {instance_name: aware}
+    starting_epoch: 0
+    ending_epoch: 3
+    frequency: 1
+  - lr_scheduler: {instance_name: decay}
+    epochs: [1, 2]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.optim import lr_scheduler
+
+from .cli import InputError
+from .quantization.train_aware import NCFQuantAwareTrainQuantizer, is_quantization_aware
+
+KINDS = {"quantizer": "quantizers", "lr_scheduler": "lr_schedulers"}
+WHEN = {"starting_epoch", "ending_epoch", "frequency", "epochs"}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One instance and the epochs in which it acts.
+
+    Attributes:
+        kind: A key of ``KINDS``.
+        instance: Its name.
+        epochs: 0 is the first.
+    """
+
+    kind: str
+    instance: str
+    epochs: Collection[int]
+
+
+class CompressionSchedule:
+    """What acts on model and optimizer besides training itself. The default does nothing.
+
+    Args:
+        quantizer: Arguments of ``NCFQuantAwareTrainQuantizer``; None for no quantization.
+        schedulers: By name, the class's name and arguments of ``torch.optim.lr_scheduler`` classes.
+        policies: When they act. A quantizer acts from its first epoch on.
+    """
+
+    def __init__(
+        self,
+        quantizer: Mapping[str, Any] | None = None,
+        schedulers: Mapping[str, Mapping[str, Any]] | None = None,
+        policies: Collection[Policy] = (),
+    ):
+        self.quantizer = quantizer
+        self._arguments = dict(schedulers or {})
+        self._policies = policies
+        self._schedulers: dict[str, Any] = {}
+
+    def epoch_begin(self, epoch: int, model: nn.Module) -> None:
+        """Ready the model for quantization-aware training, once its first epoch has come.
+
+        Raises:
+            InputError: the quantizer does not take its arguments.
+        """
+        for policy in self._policies:
+            if (
+                policy.kind == "quantizer"
+                and epoch >= min(policy.epochs)
+                and not is_quantization_aware(model)
+            ):
+                prepare_quantization_aware(model, self.quantizer)
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the learning-rate schedulers act on an optimizer.
+
+        Raises:
+            InputError: a scheduler does not take its arguments.
+        """
+        for name, arguments in self._arguments.items():
+            kind = getattr(lr_scheduler, arguments["class"])
+            try:
+                self._schedulers[name] = kind(
+                    optimizer, **{key: value for key, value in arguments.items() if key != "class"}
+                )
+            except (TypeError, ValueError) as error:
+                raise InputError(f"--compress: lr_schedulers: {name}: {error}") from error
+
+    def epoch_end(self, epoch: int, metric: float) -> None:
+        """Step the schedulers whose policies have the epoch.
+
+        Args:
+            epoch: The one that ended.
+            metric: What ``ReduceLROnPlateau`` looks at: higher is better, so give it ``mode: max``.
+        """
+        for policy in self._policies:
+            if policy.kind == "lr_scheduler" and epoch in policy.epochs:
+                scheduler = self._schedulers[policy.instance]
+                plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+                scheduler.step(metric) if plateau else scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learning-rate schedulers' states, by name."""
+        return {name: scheduler.state_dict() for name, scheduler in self._schedulers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict``'s value; schedulers that it lacks start anew."""
+        for name in self._schedulers.keys() & state.keys():
+            self._schedulers[name].load_state_dict(state[name])
+
+
+def prepare_quantization_aware(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Prepare a model for quantization-aware training, or for evaluating a checkpoint of it.
+
+    Raises:
+        InputError: the quantizer does not take the arguments.
+    """
+    try:
+        NCFQuantAwareTrainQuantizer(model, **arguments).prepare_model()
+    except TypeError as error:
+        raise InputError(f"--compress: quantizers: {error}") from error
+
+
+def _policy(entry: object, instances: Mapping[str, Mapping], require: Callable[[bool, str], None]) -> Policy:
+    """A policy from its entry in the file."""
+    kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
+    require(len(kinds) == 1, f"policies: {entry}: not a map with one of {', '.join(KINDS)}")
+    reference, when = entry[kinds[0]], {key: value for key, value in entry.items() if key != kinds[0]}
+    name = reference.get("instance_name") if isinstance(reference, dict) else None
+    require(name in instances[KINDS[kinds[0]]], f"policies: {name} is none of the file's {KINDS[kinds[0]]}")
+    numbers = [n for value in when.values() for n in (value if isinstance(value, list) else [value])]
+    whole = all(type(number) is int and number >= 0 for number in numbers)
+    require(
+        when.keys() <= WHEN and whole, f"policies: {name}: takes {', '.join(sorted(WHEN))}, whole numbers"
+    )
+    if "epochs" in when:
+        require(
+            isinstance(when["epochs"], list) and len(when) == 1, f"policies: {name}: epochs is a list, alone"
+        )
+        epochs: Collection[int] = set(when["epochs"])
+    else:
+        require(
+            "ending_epoch" in when and when.get("frequency", 1) > 0, f"policies: {name}: when does it end?"
+        )
+        epochs = range(when.get("starting_epoch", 0), when["ending_epoch"], when.get("frequency", 1))
+    require(len(epochs) > 0, f"policies: {name}: no epoch in which it acts")
+    return Policy(kinds[0], name, epochs)
+
+
+def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
+    """Read a ``--compress`` file, with the safe YAML loader.
+
+    Raises:
+        InputError: not of the form at the top of this module; the message names the part.
+        OSError: it cannot be read.
+    """
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise InputError(f"--compress: {path}: {message}")
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+            raise InputError(f"--compress: {path}: not YAML: {' '.join(str(error).split())}") from error
+    require(isinstance(content, dict) and content.keys() <= {*KINDS.values(), "policies"}, "not a schedule")
+    instances: dict[str, dict] = {}
+    for section in KINDS.values():
+        instances[section] = content.get(section) or {}
+        require(isinstance(instances[section], dict), f"{section}: not a map of instances")
+        for name, arguments in instances[section].items():
+            require(
+                isinstance(arguments, dict) and "class" in arguments, f"{section}: {name}: it has no class"
+            )
+    require(len(instances["quantizers"]) <= 1, "more than one quantizer")
+    for name, arguments in instances["quantizers"].items():
+        expected = NCFQuantAwareTrainQuantizer.__name__
+        require(arguments["class"] == expected, f"quantizers: {name}: its class is not {expected}")
+    for name, arguments in instances["lr_schedulers"].items():
+        kind = getattr(lr_scheduler, str(arguments["class"]), None)
+        known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+        require(known, f"lr_schedulers: {name}: PyTorch has no {arguments['class']}")
+    entries = content.get("policies") or []
+    require(isinstance(entries, list), "policies: not a list")
+    policies = [_policy(entry, instances, require) for entry in entries]
+    used = {(KINDS[policy.kind], policy.instance) for policy in policies}
+    for section, named in instances.items():
+        for name in named:
+            require((section, name) in used, f"{section}: {name} is in no policy")
+    quantizer = next(iter(instances["quantizers"].values()), None)
+    if quantizer is not None:
+        quantizer = {key: value for key, value in quantizer.items() if key != "class"}
+    return CompressionSchedule(quantizer, instances["lr_schedulers"], policies)
