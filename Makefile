@@ -7,14 +7,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What `make table` trains for; the published recipe otherwise.
 EPOCHS ?= 20
-SEED ?= 1
+SEEDS ?= 1
 
 .PHONY: demo test lint table clean
 
 demo: $(VENV)/installed
 	$(BIN)/python synthetic.py --users 1000 --items 1500 --ratings 100000 --seed 1 demo-ratings.csv
-	$(BIN)/python benchmarks/table.py demo-ratings.csv --out run/demo --overwrite \
-		--epochs 10 --seed $(SEED) --factors 16 --layers 64 32 16 --batch-size 1024 --learning-rate 0.002
+	$(BIN)/python -m benchmarks.table demo-ratings.csv --out run/demo --overwrite \
+		--epochs 10 --factors 16 --layers 64 32 16 --batch-size 1024 --learning-rate 0.002
 
 test: $(VENV)/tests-installed lint
 	$(BIN)/python -m pytest
@@ -25,7 +25,7 @@ lint: $(VENV)/tests-installed
 
 table: $(VENV)/installed
 	@test -n "$(DATA)" || { echo 'make table: DATA=ratings.csv or DATA=directory of a split' >&2; exit 2; }
-	$(BIN)/python benchmarks/table.py $(DATA) --epochs $(EPOCHS) --seed $(SEED)
+	$(BIN)/python -m benchmarks.table $(DATA) --epochs $(EPOCHS) --seeds $(SEEDS)
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

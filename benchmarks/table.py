@@ -1,9 +1,9 @@
 """The README's benchmark table for a data set: convert, train, calibrate, evaluate, by the command lines there.
 
-    python benchmarks/table.py ratings.csv|DIRECTORY [--epochs 20] [--seed 1] ...
+    python -m benchmarks.table ratings.csv|DIRECTORY [--epochs 20] [--seeds 1] ...
 
 Everything goes through ncf.py as a user would type it; each command is shown as it is run. The defaults are the
-published recipe. An already trained run in --out is used as it is.
+published recipe. A model that is already in --out is used as it is, unless --overwrite says otherwise.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from dataset import Split, load_split
+from distiller.cli import ArgumentParser, InputError, run
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from dataset import Split, load_split  # noqa: E402
-from distiller.cli import ArgumentParser, InputError, run  # noqa: E402
-
-METRICS = re.compile(r"Initial HR@(\d+) = ([\d.]+), NDCG@\d+ = ([\d.]+), val_time = ([\d.]+)")
+METRICS = re.compile(r"Initial HR@10 = ([\d.]+), NDCG@10 = ([\d.]+), val_time = ([\d.]+)")
 MODES = {"asym_u": "Asymmetric", "sym": "Symmetric"}
-FP32 = ("FP32", "N/A", "N/A", "N/A")
+HEADER = ("Precision", "Mode", "Per-Channel", "Split Final Layer", "HR@10", "NDCG@10", "Evaluation (s)")
+
+Row = tuple[str, ...]
+Figures = tuple[float, float, float]  # HR@10 and NDCG@10 in percent, evaluation in seconds
 
 
 def execute(*command: object) -> str:
@@ -56,9 +58,9 @@ def converted(data: Path, out: Path) -> Path:
     return directory
 
 
-def evaluations(split: Path, out: Path, args: argparse.Namespace) -> list[tuple[tuple[str, ...], list[str]]]:
-    """Train and calibrate; the table's rows, each with the command line that gives its figures."""
-    common = [split, "-b", args.batch_size, "--layers", *args.layers, "-f", args.factors, "--seed", args.seed]
+def figures_of_seed(split: Path, out: Path, seed: int, args: argparse.Namespace) -> dict[Row, Figures]:
+    """Train and calibrate with a seed, and evaluate: each row's figures."""
+    common = [split, "-b", args.batch_size, "--layers", *args.layers, "-f", args.factors, "--seed", seed]
     trained = out / "base_fp32"
     if args.overwrite or not (trained / "best.pth.tar").exists():
         training = ["-l", args.learning_rate, "-e", args.epochs, "--overwrite", "-o", trained]
@@ -69,13 +71,49 @@ def evaluations(split: Path, out: Path, args: argparse.Namespace) -> list[tuple[
         statistics[flags] = out / f"quantization_stats_{'split' if flags else 'no_split'}.yaml"
         stats_out = ["--qe-stats-out", statistics[flags], "-o", out / "calibration"]
         execute("ncf.py", *load, "--qe-calibration", 0.1, *flags, *stats_out)
-    rows = [(FP32, [*load, "--evaluate"])]
+
+    evaluate = ["ncf.py", *load, "--evaluate", "-o", out / "evaluation"]
+    figures = {("FP32", "N/A", "N/A", "N/A"): figures_in(execute(*evaluate))}
     for mode, per_channel, flags in itertools.product(MODES, (("--qepc",), ()), statistics):
-        quantize = ["--qeba", 8, "--qebw", 8, "--qem", mode, *per_channel, *flags]
-        command = [*load, "--evaluate", "--quantize-eval", *quantize, "--qe-stats-file", statistics[flags]]
-        yes_no = ("Yes" if per_channel else "No", "Yes" if flags else "No")
-        rows.append((("INT8", MODES[mode], *yes_no), command))
-    return rows
+        quantize = ["--quantize-eval", "--qeba", 8, "--qebw", 8, "--qem", mode, *per_channel, *flags]
+        row = ("INT8", MODES[mode], "Yes" if per_channel else "No", "Yes" if flags else "No")
+        figures[row] = figures_in(execute(*evaluate, *quantize, "--qe-stats-file", statistics[flags]))
+    return figures
+
+
+def figures_in(output: str) -> Figures:
+    """The figures in what an evaluation printed."""
+    hr, ndcg, seconds = map(float, METRICS.search(output).groups())
+    return 100 * hr, 100 * ndcg, seconds
+
+
+def markdown(figures: list[dict[Row, Figures]]) -> str:
+    """The table: means over seeds, with standard deviations where there are several."""
+
+    def cell(values: list[float]) -> str:
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{mean(values):.2f}{spread}"
+
+    lines = [HEADER, ["---"] * len(HEADER)]
+    for row in figures[0]:
+        hr, ndcg, seconds = zip(*(of_seed[row] for of_seed in figures), strict=True)
+        lines.append((*row, cell(hr), cell(ndcg), f"{mean(seconds):.1f}"))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def protocol(split: Split, args: argparse.Namespace) -> str:
+    """What the figures mean and how they came about."""
+    drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
+    spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
+    return (
+        f"{split.nb_users} users, {split.nb_items} items, {len(split.train_users)} training pairs "
+        f"({split.digest[:19]}). Leave one out; {split.negatives.shape[1]} negatives per user, drawn "
+        f"{drawn[split.distinct_negatives]}; ties count against the test item. Layers "
+        f"{' '.join(map(str, args.layers))}, {args.factors} factors, batch {args.batch_size}, learning rate "
+        f"{args.learning_rate}, the best of {args.epochs} epochs by HR@10, seeds "
+        f"{' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {processor()}, "
+        f"{os.cpu_count()} processors, torch {torch.__version__}, {datetime.date.today().isoformat()}."
+    )
 
 
 def processor() -> str:
@@ -87,50 +125,27 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def protocol(split: Split, args: argparse.Namespace) -> str:
-    """What the figures mean and how they came about."""
-    drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
-    return (
-        f"{split.nb_users} users, {split.nb_items} items, {len(split.train_users)} training pairs "
-        f"({split.digest[:19]}). Leave one out; {split.negatives.shape[1]} negatives per user, drawn "
-        f"{drawn[split.distinct_negatives]}; ties count against the test item. Layers "
-        f"{' '.join(map(str, args.layers))}, {args.factors} factors, batch {args.batch_size}, learning rate "
-        f"{args.learning_rate}, seed {args.seed}, the best of {args.epochs} epochs by HR@10. Calibrated on 10 % of the "
-        f"test users. {processor()}, {os.cpu_count()} processors, torch {torch.__version__}, "
-        f"{datetime.date.today().isoformat()}."
-    )
-
-
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(prog="table.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("data", type=Path, help="ratings file, or directory of a split")
-    parser.add_argument("--out", type=Path, default=Path("run/table"), help="(default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="train anew")
-    parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--factors", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument(
-        "--layers", type=int, nargs="+", default=[256, 256, 128, 64], help="(default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=int, default=2048, help="(default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=0.0005, help="(default: %(default)s)")
+    add = parser.add_argument
+    add("data", type=Path, help="ratings file, or directory of a split")
+    add("--out", type=Path, default=Path("run/table"), help="models, statistics, logs (default: %(default)s)")
+    add("--overwrite", action="store_true", help="train anew")
+    add("--epochs", type=int, default=20, help="(default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[1], help="a model for each (default: %(default)s)")
+    add("--factors", type=int, default=64, help="(default: %(default)s)")
+    add("--layers", type=int, nargs="+", default=[256, 256, 128, 64], help="(default: %(default)s)")
+    add("--batch-size", type=int, default=2048, help="(default: %(default)s)")
+    add("--learning-rate", type=float, default=0.0005, help="(default: %(default)s)")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    directory = converted(args.data, args.out)
-    table = [
-        "| Precision | Mode | Per-Channel | Split Final Layer | HR@10 | NDCG@10 | Evaluation (s) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row, command in evaluations(directory, args.out, args):
-        _, hr, ndcg, seconds = METRICS.search(
-            execute("ncf.py", *command, "-o", args.out / "evaluation")
-        ).groups()
-        table.append(f"| {' | '.join(row)} | {100 * float(hr):.2f} | {100 * float(ndcg):.2f} | {seconds} |")
-    print("\n".join([*table, "", protocol(load_split(directory), args)]))
+    split = converted(args.data, args.out)
+    figures = [figures_of_seed(split, args.out / f"seed-{seed}", seed, args) for seed in args.seeds]
+    print(f"{markdown(figures)}\n\n{protocol(load_split(split), args)}")
 
 
 if __name__ == "__main__":

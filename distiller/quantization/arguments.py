@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from .clipping import ClipMode
 from .linear import LinearQuantMode
@@ -29,22 +29,31 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
     add("--qe-mode-acts", "--qema", choices=modes, help="of activations (default: --qe-mode)")
     add("--qe-mode-wts", "--qemw", choices=modes, help="of weights (default: --qe-mode)")
     add(
-        *("--qe-bits-acts", "--qeba"),
-        **{"type": int, "default": 8, "metavar": "BITS"},
+        "--qe-bits-acts",
+        "--qeba",
+        type=int,
+        default=8,
+        metavar="BITS",
         help="of activations, 1 to 16, 0 for float (default: %(default)s)",
     )
     add(
-        *("--qe-bits-wts", "--qebw"),
-        **{"type": int, "default": 8, "metavar": "BITS"},
+        "--qe-bits-wts",
+        "--qebw",
+        type=int,
+        default=8,
+        metavar="BITS",
         help="of weights, 1 to 16, 0 for float (default: %(default)s)",
     )
     add(
         "--qe-bits-accum",
-        **{"type": int, "default": 32, "metavar": "BITS"},
+        type=int,
+        default=32,
+        metavar="BITS",
         help="of a Linear's accumulator (default: %(default)s)",
     )
     add(
-        *("--qe-clip-acts", "--qeca"),
+        "--qe-clip-acts",
+        "--qeca",
         choices=[mode.value for mode in ClipMode],
         default="none",
         help="how the range of activations is found (default: %(default)s)",
@@ -56,13 +65,19 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
         help="standard deviations that --qe-clip-acts n_std keeps",
     )
     add(
-        *("--qe-no-clip-layers", "--qencl"),
-        **{"nargs": "+", "default": [], "metavar": "NAME"},
+        "--qe-no-clip-layers",
+        "--qencl",
+        nargs="+",
+        default=[],
+        metavar="NAME",
         help="layers whose activations are not clipped",
     )
     add(
-        *("--qe-no-quant-layers", "--qenql"),
-        **{"nargs": "+", "default": [], "metavar": "NAME"},
+        "--qe-no-quant-layers",
+        "--qenql",
+        nargs="+",
+        default=[],
+        metavar="NAME",
         help="layers that stay in float",
     )
     add(
@@ -72,13 +87,16 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
         help="a scale per output feature of a Linear's weight",
     )
     add(
-        *("--qe-scale-approx-bits", "--qesab"),
-        **{"type": int, "metavar": "BITS"},
+        "--qe-scale-approx-bits",
+        "--qesab",
+        type=int,
+        metavar="BITS",
         help="cut scales to a multiplier of so many bits and a shift",
     )
     add("--qe-save-fp-weights", action="store_true", help="keep the float weights beside the integers")
     add(
-        *("--qe-convert-pytorch", "--qept"),
+        "--qe-convert-pytorch",
+        "--qept",
         action="store_true",
         help="run on the processor's integer instructions: the same scores",
     )
@@ -86,10 +104,23 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
     source.add_argument("--qe-stats-file", metavar="PATH", help="calibrated statistics of activations")
     source.add_argument("--qe-dynamic", action="store_true", help="find ranges on every batch, one user each")
     source.add_argument(
-        *("--qe-calibration",),
-        **{"type": portion, "metavar": "PORTION"},
+        "--qe-calibration",
+        type=portion,
+        metavar="PORTION",
         help="collect statistics on this share of the data, 0 < PORTION <= 1, and stop",
     )
     source.add_argument(
         "--qe-config-file", metavar="PATH", help="YAML with a quantizer and its arguments, in place of flags"
     )
+
+
+def changed_flags(args: Namespace) -> set[str]:
+    """The flags of this group whose values are not their defaults, except those that name a file of settings."""
+    parser = ArgumentParser(add_help=False)
+    add_post_train_quant_args(parser)
+    sources = {"qe_stats_file", "qe_dynamic", "qe_calibration", "qe_config_file"}
+    return {
+        "--" + name.replace("_", "-")
+        for name, default in vars(parser.parse_args([])).items()
+        if name not in sources and getattr(args, name) != default
+    }

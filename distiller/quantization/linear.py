@@ -101,12 +101,12 @@ def symmetric_scale(max_abs: Tensor, levels: float) -> Tensor:
 
 def quantize(x: Tensor, params: QuantParams) -> Tensor:
     """Whole-numbered float32 tensor of ``x``'s shape, clamped to the integer range."""
-    return torch.round(params.scale * x - params.zero_point).clamp_(params.q_min, params.q_max)
+    return (params.scale * x).sub_(params.zero_point).round_().clamp_(params.q_min, params.q_max)
 
 
 def dequantize(q: Tensor, params: QuantParams) -> Tensor:
     """The float32 values that integers stand for."""
-    return (q + params.zero_point) / params.scale
+    return (q + params.zero_point).div_(params.scale)
 
 
 def fake_quantize(x: Tensor, params: QuantParams) -> Tensor:

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from ..cli import InputError
 from ..files import atomic_write
 from ..graph import ModuleCall, module_graph
 from ..modules import Concat, EltwiseAdd, EltwiseMult
+from .arguments import changed_flags
 from .clipping import ClipMode, required_statistics
 from .integer import IntegerLinear
 from .linear import LinearQuantMode, QuantParams, params_of_range
 from .settings import Request, choice, modes, requests_by_layer
 from .statistics import (
     Statistics,
+    check_statistics,
     clip_to_consumers,
     consumer_bounds,
     load_statistics,
@@ -110,6 +113,8 @@ class PostTrainLinearQuantizer:
         self.overrides = dict(overrides or {})
         if isinstance(model_activation_stats, str | os.PathLike):
             model_activation_stats = load_statistics(model_activation_stats)
+        elif model_activation_stats is not None:
+            check_statistics(model_activation_stats, "model_activation_stats")
         self.statistics: Statistics | None = model_activation_stats
         self.save_fp_weights = save_fp_weights
         self.linear_type = IntegerLinear if integer_kernels else QuantizedLinear
@@ -163,8 +168,14 @@ class PostTrainLinearQuantizer:
         """The quantizer that a ``--qe-config-file`` asks for.
 
         Raises:
-            InputError: not YAML, or not one ``PostTrainLinearQuantizer`` with its arguments.
+            InputError: not YAML, not one ``PostTrainLinearQuantizer`` with its arguments, or flags beside it
+                that say what it says.
         """
+        given = changed_flags(args) - {"--quantize-eval", "--qe-save-fp-weights", "--qe-convert-pytorch"}
+        if given:
+            raise InputError(
+                f"--qe-config-file takes the place of {', '.join(sorted(given))}: give one or the other"
+            )
         arguments = read_config(path, cls.__name__)
         try:
             return cls(
@@ -301,19 +312,18 @@ class PostTrainLinearQuantizer:
     ) -> QuantParams:
         keys = required_statistics(activations.clip, activations.mode.symmetric)
         statistics = tensor_statistics(self.statistics, name, position, keys)
-        try:
+        with _statistics_of(name):
             return activations.params(statistics, half_range)
-        except ValueError as error:
-            raise InputError(f"--qe-stats-file: layer {name}: {error}") from error
 
     def _table_params(self, name: str, embedding: nn.Embedding, weights: WeightSettings) -> QuantParams:
         """Of an embedding's table: over its calibrated outputs, or over all of it where there are none."""
         if self.statistics is None:
-            low, high = embedding.weight.detach().min(), embedding.weight.detach().max()
+            low, high = embedding.weight.detach().aminmax()
         else:
             output = tensor_statistics(self.statistics, name, None, ("min", "max"))
-            low, high = torch.tensor(output["min"]), torch.tensor(output["max"])
-        return params_of_range(low.reshape(1), high.reshape(1), weights.bits, weights.mode)
+            low, high = torch.tensor([output["min"]]), torch.tensor([output["max"]])
+        with _statistics_of(name):
+            return params_of_range(low.reshape(1), high.reshape(1), weights.bits, weights.mode)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Leave in a directory what ``prepare_model`` made: ranges as used, and every layer's parameters."""
@@ -377,6 +387,15 @@ def read_config(path: str | os.PathLike, expected_class: str) -> dict[str, Any]:
     if not isinstance(entry, dict) or entry.get("class") != expected_class:
         raise InputError(f"--qe-config-file: {path}: its quantizer is not of class {expected_class}")
     return {key: value for key, value in entry.items() if key != "class"}
+
+
+@contextmanager
+def _statistics_of(layer: str) -> Iterator[None]:
+    """Turn a range that quantization cannot use into an error that names the layer it is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"--qe-stats-file: layer {layer}: {error}") from error
 
 
 def _is_linear(module: nn.Module) -> bool:

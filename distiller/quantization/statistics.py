@@ -42,13 +42,18 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
             content = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
             raise InputError(f"{FLAG}: {path}: not YAML: {' '.join(str(error).split())}") from error
+    check_statistics(content, path)
+    return content
+
+
+def check_statistics(content: object, where: object) -> None:
+    """Raise an ``InputError`` that names ``where`` and the layer unless ``content`` has a statistics file's form."""
     if not isinstance(content, dict) or not content:
-        raise InputError(f"{FLAG}: {path}: no map of layers")
+        raise InputError(f"{FLAG}: {where}: no map of layers")
     for layer, entry in content.items():
         problem = _problem(entry) if isinstance(layer, str) else "not a layer's name"
         if problem:
-            raise InputError(f"{FLAG}: {path}: {layer}: {problem}")
-    return content
+            raise InputError(f"{FLAG}: {where}: {layer}: {problem}")
 
 
 def _problem(entry: object) -> str | None:

@@ -28,7 +28,8 @@ DEFAULT_EMA_DECAY = 0.999  # a range follows some 1000 batches, an epoch of a sm
 
 def straight_through(x: Tensor, params: QuantParams) -> Tensor:
     """``fake_quantize`` with the gradient of the identity."""
-    return x + (fake_quantize(x, params) - x).detach()
+    value = x.detach()
+    return x + (fake_quantize(value, params) - value)
 
 
 class TrackedRange(nn.Module):
