@@ -269,24 +269,12 @@ def restore_rounding(model: NeuMF, checkpoint: dict[str, Any], args: Namespace) 
 
 
 def train(args: Namespace, split: Split, device: torch.device) -> None:
-    """Train, from new weights, from ``--load``, or where ``--resume`` finds the run."""
-    directory = None if args.out_dir is None else Path(args.out_dir)
-    start = directory / recording.CHECKPOINT if args.resume else args.load
-    if not (args.resume or args.overwrite) and directory and (directory / recording.CHECKPOINT).exists():
-        raise InputError(
-            f"-o/--out-dir: {directory} holds a run: --resume goes on with it, --overwrite starts again"
-        )
+    """Train, from new weights, from ``--load``, or from where the run to resume stands."""
+    start = check_start(args)
     if args.param_hist:
         recording.require_matplotlib("--param-hist")
     schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
-    torch.manual_seed(args.seed)
-    if start:
-        model, checkpoint = load_model(args, start, split)
-        if schedule.quantizer is not None and checkpoint.get("quantization_aware") == schedule.quantizer:
-            restore_rounding(model, checkpoint, args)
-    else:
-        sizes = (args.factors or DEFAULT_FACTORS, args.layers or DEFAULT_LAYERS)
-        model, checkpoint = NeuMF(split.nb_users, split.nb_items, *sizes, args.split_final), None
+    model, checkpoint = initial_model(args, start, split, schedule)
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
     schedule.bind(optimizer)
@@ -301,22 +289,46 @@ def train(args: Namespace, split: Split, device: torch.device) -> None:
         recording.clear_run(directory)
     config = resolved_config(args, split, device, model)
     recording.write_config(directory, config)
-    batches = TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device)
-    recorder = recording.Recorder(directory, pictures=args.param_hist)
     trainer = Trainer(
         model,
         optimizer,
-        batches,
+        TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device),
         split,
-        recorder,
+        recording.Recorder(directory, pictures=args.param_hist),
         config,
-        args.topk,
-        schedule,
-        args.log_freq,
-        device,
-        progress,
+        k=args.topk,
+        schedule=schedule,
+        log_freq=args.log_freq,
+        device=device,
+        progress=progress,
     )
     trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+
+
+def check_start(args: Namespace) -> str | Path | None:
+    """The checkpoint that training starts from; an ``InputError`` where it would overwrite a run unasked."""
+    if args.out_dir is None:
+        return args.load
+    checkpoint = Path(args.out_dir) / recording.CHECKPOINT
+    if checkpoint.exists() and not (args.resume or args.overwrite):
+        raise InputError(
+            f"-o/--out-dir: {args.out_dir} holds a run: --resume goes on with it, --overwrite starts again"
+        )
+    return checkpoint if args.resume else args.load
+
+
+def initial_model(
+    args: Namespace, start: str | Path | None, split: Split, schedule: CompressionSchedule
+) -> tuple[NeuMF, dict[str, Any] | None]:
+    """The model that training starts with, and the checkpoint that it is from, if any."""
+    torch.manual_seed(args.seed)
+    if start is None:
+        sizes = (args.factors or DEFAULT_FACTORS, args.layers or DEFAULT_LAYERS)
+        return NeuMF(split.nb_users, split.nb_items, *sizes, args.split_final), None
+    model, checkpoint = load_model(args, start, split)
+    if schedule.quantizer is not None and checkpoint.get("quantization_aware") == schedule.quantizer:
+        restore_rounding(model, checkpoint, args)
+    return model, checkpoint
 
 
 def restore(
