@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import logging
 import pickle
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
+from types import NoneType
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -163,26 +167,49 @@ def read_csv(train_path: Path, test_path: Path, negative_path: Path) -> Split:
     return split
 
 
-class _SplitUnpickler(pickle.Unpickler):
+class _ArrayType:
+    """Stands in for ``numpy.dtype``, whose own ``__setstate__`` crashes on states that are not its own."""
+
+    CODES = frozenset({"u1", "u2", "u4", "u8", "i8"})
+
+    def __init__(self, code: str, align: bool, copy: bool):
+        if code not in self.CODES:
+            raise pickle.UnpicklingError(f"it holds an array of type {code}")
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", "|"):
+            raise pickle.UnpicklingError("it holds an array that is not little-endian")
+
+
+def _array(buffer: bytes, kind: _ArrayType, shape: tuple, order: str) -> np.ndarray:
+    """What NumPy's ``_frombuffer`` makes of a pickled array."""
+    return np.frombuffer(buffer, dtype=f"<{kind.code}").reshape(shape, order=order)
+
+
+# Python's unpickler and not C's, which takes memory for whatever memo index a file names. A split has few parts, so
+# that it is no slower.
+class _SplitUnpickler(pickle._Unpickler):
     """Builds plain values and NumPy arrays and nothing else, whatever the pickle asks for."""
 
     # What a protocol 5 pickle of contiguous arrays names, in NumPy 2 and in NumPy 1.
-    ALLOWED = frozenset(
-        {
-            ("numpy", "dtype"),
-            ("numpy._core.numeric", "_frombuffer"),
-            ("numpy.core.numeric", "_frombuffer"),
-        }
-    )
+    KNOWN: ClassVar = {
+        ("numpy", "dtype"): _ArrayType,
+        ("numpy._core.numeric", "_frombuffer"): _array,
+        ("numpy.core.numeric", "_frombuffer"): _array,
+    }
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in self.KNOWN:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which a split does not")
-        return np.dtype if name == "dtype" else _array_from_buffer
+        return self.KNOWN[module, name]
 
+    def load_bytearray8(self) -> None:
+        """Read a writable array's bytes; the base class would take the memory first, in whatever size is claimed."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(length))
 
-def _array_from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)
+    dispatch: ClassVar = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}
 
 
 def read_pickle(path: Path) -> Split:
@@ -190,20 +217,21 @@ def read_pickle(path: Path) -> Split:
 
     Raises:
         InputError: cut short, of another version, or not such a file.
+        OSError: it cannot be read.
     """
+    # From memory, where a read beyond the end costs nothing, whatever length a file claims.
+    file = BytesIO(path.read_bytes())
     try:
-        with open(path, "rb") as file:
-            content = _SplitUnpickler(file).load()
-    except OSError:
-        raise
+        content = _SplitUnpickler(file).load()
     # A damaged pickle can make the unpickler raise nearly anything; all of it means the same here.
     except Exception as error:
-        raise InputError(f"{path}: not a whole split: {error}") from error
+        reason = " ".join([type(error).__name__, *str(error).split()])
+        raise InputError(f"{path}: not a whole split: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a split")
     if content.get("version") != VERSION:
         raise InputError(
-            f"{path}: version {content.get('version')} of the format, this program reads {VERSION}"
+            f"{path}: version {content.get('version')!r} of the format, this program reads {VERSION}"
         )
     names = {field.name for field in fields(Split)}
     if content.keys() - {"format", "version"} != names:
@@ -230,30 +258,41 @@ def check_split(split: Split, where: Path) -> None:
         if not condition:
             raise InputError(f"{where}: {message}")
 
-    counts = (split.nb_users, split.nb_items)
     require(
-        all(type(count) is int and count >= 2 for count in counts), "a split has at least 2 users and 2 items"
+        all(type(count) is int and count >= 2 for count in (split.nb_users, split.nb_items)),
+        f"{split.nb_users!r} users and {split.nb_items!r} items, a split has at least 2 of each",
     )
-    dimensions = {"train_users": 1, "train_items": 1, "test_items": 1, "negatives": 2}
-    for name, ndim in dimensions.items():
+    for name, ndim in (("train_users", 1), ("train_items", 1), ("test_items", 1), ("negatives", 2)):
         array = getattr(split, name)
-        require(
-            isinstance(array, np.ndarray) and array.dtype.kind == "u" and array.ndim == ndim,
-            f"{name} is not an array of ids in {ndim} dimension(s)",
+        ids = (
+            isinstance(array, np.ndarray)
+            and array.dtype.kind == "u"
+            and array.ndim == ndim
+            and array.size > 0
         )
+        require(ids, f"{name} is no array of ids in {ndim} dimension(s)")
         bound = split.nb_users if name == "train_users" else split.nb_items
-        require(array.size > 0, f"{name} is empty")
         require(int(array.max()) < bound, f"{name} holds id {array.max()}, but ids end at {bound - 1}")
-    require(split.train_users.shape == split.train_items.shape, "training users and items differ in number")
-    require(
-        split.test_items.shape == (split.nb_users,) and len(split.negatives) == split.nb_users,
-        f"test items of {len(split.test_items)} and negatives of {len(split.negatives)} for {split.nb_users} users",
-    )
     for name, count in (("user_ids", split.nb_users), ("item_ids", split.nb_items)):
         ids = getattr(split, name)
+        numbers = isinstance(ids, np.ndarray) and ids.dtype.kind == "i" and ids.shape == (count,)
+        require(ids is None or numbers, f"{name} is no array of {count} ids")
+    for name, kinds in (
+        ("seed", (int, NoneType)),
+        ("distinct_negatives", (bool, NoneType)),
+        ("digest", (str,)),
+    ):
+        value = getattr(split, name)
+        require(type(value) in kinds, f"{name} is {value!r}")
+    require(split.train_users.shape == split.train_items.shape, "training users and items differ in number")
+    for name, array in (("test items", split.test_items), ("negatives", split.negatives)):
+        require(len(array) == split.nb_users, f"{name} of {len(array)} users, of {split.nb_users}")
+    training = np.bincount(split.train_users, minlength=split.nb_users)
+    require(training.min() > 0, f"user {training.argmin()} has no training item")
+    for user in np.flatnonzero(training >= split.nb_items):
+        rated = len(np.unique(split.train_items[split.train_users == user]))
         require(
-            ids is None or (isinstance(ids, np.ndarray) and ids.shape == (count,)),
-            f"{name} has not {count} ids",
+            rated < split.nb_items, f"user {user} has every item in training: there is no negative to draw"
         )
 
 
@@ -285,8 +324,8 @@ class UnseenItems:
         sorted_users = pairs // nb_items
         listed = np.bincount(sorted_users, minlength=nb_users)
         start = np.cumsum(listed) - listed
-        # A stride of I + 1 keeps a user's values, t_j - j in 0 .. I, apart from the next user's.
-        self._stride = nb_items + 1
+        # A stride of I keeps a user's values, t_j - j in 0 .. I - 1, apart from the next user's.
+        self._stride = nb_items
         below = pairs - sorted_users * nb_items - (np.arange(len(pairs)) - start[sorted_users])
         self._keys = torch.from_numpy(sorted_users * self._stride + below).to(device)
         self._start = torch.from_numpy(start).to(device)

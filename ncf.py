@@ -191,6 +191,8 @@ def check_args(args: Namespace) -> None:
     ):
         if value is not None and value < least:
             raise InputError(f"{flag} must be at least {least}, not {value}")
+    if args.seed is not None and args.seed >= 1 << 63:
+        raise InputError(f"-s/--seed must be below 2^63, not {args.seed}")
     if not 0 < args.learning_rate < math.inf:
         raise InputError(f"-l/--learning-rate must be above 0, not {args.learning_rate}")
     factors = DEFAULT_FACTORS if args.factors is None else args.factors
@@ -217,6 +219,10 @@ def check_args(args: Namespace) -> None:
         raise InputError("--qe-stats-file, --qe-dynamic and --qe-config-file need --quantize-eval")
     if args.qe_stats_out and not args.qe_calibration:
         raise InputError("--qe-stats-out needs --qe-calibration")
+    if args.qe_stats_out and (
+        not Path(args.qe_stats_out).parent.is_dir() or Path(args.qe_stats_out).is_dir()
+    ):
+        raise InputError(f"--qe-stats-out: {args.qe_stats_out} is not a file in a directory")
 
 
 def choose_device(args: Namespace) -> torch.device:
@@ -284,7 +290,7 @@ def train(args: Namespace, split: Split, device: torch.device) -> None:
     if progress.epoch >= args.epochs:
         raise InputError(f"-e/--epochs: {start} already has {progress.epoch} epochs, {args.epochs} asked for")
 
-    directory = recording.open_run_directory(args.out_dir, args.name)
+    directory = recording.open_run_directory(args.out_dir, args.name, device)
     if not args.resume:
         recording.clear_run(directory)
     config = resolved_config(args, split, device, model)
@@ -359,6 +365,17 @@ def restore(
     if "progress" not in checkpoint:  # the original's, saved after a whole epoch
         return Progress(epoch=epoch + 1)
     progress = Progress(**checkpoint["progress"])
+    for flag, key in (
+        ("-b/--batch-size", "batch_size"),
+        ("-n/--negative-samples", "negative_samples"),
+        ("-s/--seed", "seed"),
+    ):
+        before, now = checkpoint["config"][key], getattr(args, key)
+        if progress.step and before != now:
+            raise InputError(
+                f"{flag}: {path} stands within an epoch that began with {before}, and cannot go on with {now}; "
+                "--reset-optimizer starts from epoch 0"
+            )
     if not args.resume:
         progress.best_hr = Progress.best_hr  # the new run has no best.pth.tar yet
     return progress
@@ -395,7 +412,7 @@ def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
     """Collect statistics of activations for ``--qe-stats-file``."""
     model, _ = load_model(args, args.load, split)
     test_fn, rows_per_batch = calibration_pass(args, split, device, args.qe_calibration)
-    directory = recording.open_run_directory(args.out_dir, args.name)
+    directory = recording.open_run_directory(args.out_dir, args.name, device)
     statistics = collect_quant_stats(model.to(device), test_fn, rows_per_batch=rows_per_batch)
     comment = "\n".join(
         [
@@ -415,7 +432,7 @@ def draw_activation_histograms(args: Namespace, split: Split, device: torch.devi
     recording.require_matplotlib("--activation-histograms")
     model, _ = load_model(args, args.load, split)
     test_fn, rows_per_batch = calibration_pass(args, split, device, args.activation_histograms)
-    directory = recording.open_run_directory(args.out_dir, args.name)
+    directory = recording.open_run_directory(args.out_dir, args.name, device)
     statistics = collect_quant_stats(model.to(device), test_fn, rows_per_batch=rows_per_batch)
     histograms = collect_histograms(model, test_fn, statistics)
     recording.Recorder(directory, pictures=True).activations(histograms)
@@ -442,7 +459,7 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device) -> 
             block = 1  # as calibration has it, a batch is one user's candidates
     elif args.eval_fp16:
         model.half()
-    directory = recording.open_run_directory(args.out_dir, args.name)
+    directory = recording.open_run_directory(args.out_dir, args.name, device)
     if quantizer:
         quantizer.save(directory)
     start = time.perf_counter()

@@ -127,7 +127,7 @@ def sizes_from_state_dict(state_dict: StateDict) -> dict:
         sizes = [2 * mlp_dim]
         while f"mlp.{len(sizes) - 1}.weight" in state_dict:
             sizes.append(state_dict[f"mlp.{len(sizes) - 1}.weight"].shape[0])
-    except (KeyError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise InputError(f"not the weights of a NeuMF: {error}") from error
     arguments = {
         "nb_users": nb_users,

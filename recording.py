@@ -47,12 +47,13 @@ def show_messages() -> None:
         logger.propagate = False
 
 
-def open_run_directory(out_dir: str | None, name: str | None) -> Path:
+def open_run_directory(out_dir: str | None, name: str | None, device: torch.device) -> Path:
     """Make the run's directory and start its log, with versions, machine and command line at its head.
 
     Args:
         out_dir: The directory; by default a fresh one below ``RUNS``, named by date and time.
         name: Put before the date in a fresh directory's name.
+        device: What the run computes on.
 
     Raises:
         OSError: it cannot be made or written.
@@ -68,9 +69,11 @@ def open_run_directory(out_dir: str | None, name: str | None) -> Path:
         logging.getLogger(logger_name).addHandler(handler)
     log.debug("command: %s", command_line())
     log.debug("python %s, torch %s, numpy %s", platform.python_version(), torch.__version__, np.__version__)
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     log.debug(
         "machine: %s, %d processors, %d threads", platform.platform(), os.cpu_count(), torch.get_num_threads()
     )
+    log.debug("device: %s%s", device, gpu)
     return directory
 
 

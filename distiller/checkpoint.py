@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,8 +35,15 @@ def save_checkpoint(path: str | os.PathLike, content: Mapping[str, Any]) -> None
     Raises:
         OSError: the directory cannot be written; what was at ``path`` is still there.
     """
-    with atomic_write(path) as temporary:
-        torch.save(dict(content), temporary)
+    # Into a file of Python's: its errors name their cause, where those of torch's own writer do not.
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(dict(content), file)
+        except RuntimeError as error:
+            # After a write that failed torch still closes its archive, which then fails in its own way.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -49,12 +57,14 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        with torch.serialization.safe_globals(ALLOWED_TYPES):
+        with torch.serialization.safe_globals(ALLOWED_TYPES), warnings.catch_warnings():
+            # What torch warns of in a damaged file is said by the error that follows.
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    # A damaged file can make torch raise nearly anything; all of it means the same here.
+    # A damaged file can make torch raise nearly anything; but for an unreadable one all of it means the same.
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise InputError(f"{path}: {_reason(error)}") from error
     state_dict = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state_dict, Mapping) or not all(map(torch.is_tensor, state_dict.values())):

@@ -56,7 +56,8 @@ def module_graph(model: nn.Module, dummy_input: Any) -> dict[str, ModuleCall]:
             fixed[name] = bool(value)
     try:
         graph = _LeafTracer().trace(model, concrete_args=fixed)
-    except fx.proxy.TraceError as error:
+    # A forward that looks into its tensors fails in whatever way it does when it finds none.
+    except Exception as error:
         raise ValueError(f"the model's forward cannot be traced: {error}") from error
 
     def name_of(node: fx.Node) -> str | None:

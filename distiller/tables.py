@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
-from pyarrow import csv
+from pyarrow import compute, csv
 
 from .cli import InputError
 
@@ -42,7 +42,10 @@ def read_columns(
     separator = delimiter
     if len(delimiter) > 1:
         separator = "\t"
-        source = BytesIO(Path(path).read_bytes().replace(delimiter.encode(), separator.encode()))
+        content = Path(path).read_bytes()
+        if separator.encode() in content:
+            raise first_error(path, delimiter, types, header, unsigned) or InputError(f"{path}: holds a tab")
+        source = BytesIO(content.replace(delimiter.encode(), separator.encode()))
     try:
         table = csv.read_csv(
             source,
@@ -56,11 +59,13 @@ def read_columns(
         ) from error
     if not table.num_rows:
         raise InputError(f"{path}: no rows")
-    for name in unsigned:
-        if pa.compute.min(table[name]).as_py() < 0:
-            raise first_error(path, delimiter, types, header, unsigned) or InputError(
-                f"{path}: negative {name}"
-            )
+    for name, kind in types.items():
+        if pa.types.is_floating(kind):
+            valid = compute.all(compute.is_finite(table[name])).as_py()
+        else:
+            valid = name not in unsigned or compute.min(table[name]).as_py() >= 0
+        if not valid:
+            raise first_error(path, delimiter, types, header, unsigned) or InputError(f"{path}: bad {name}")
     return table
 
 

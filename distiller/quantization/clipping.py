@@ -100,11 +100,12 @@ def measure(x: Tensor, clip: ClipMode, symmetric: bool) -> dict[str, Tensor]:
 
     The averages are over rows; std is the unbiased one and b the mean absolute deviation.
     """
+    rows = x.reshape(len(x), -1)
     functions = {
         "min": x.min,
         "max": x.max,
-        "avg_min": lambda: x.flatten(1).amin(1).mean(),
-        "avg_max": lambda: x.flatten(1).amax(1).mean(),
+        "avg_min": lambda: rows.amin(1).mean(),
+        "avg_max": lambda: rows.amax(1).mean(),
         "mean": x.mean,
         "std": x.std,
         "b": lambda: (x - x.mean()).abs().mean(),

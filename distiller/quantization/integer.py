@@ -33,29 +33,35 @@ class IntegerLinear(QuantizedLinear):
     def _prepare_product(self, operand: Tensor) -> None:
         super()._prepare_product(operand)
         del self.operand
-        low, high = self.weight_range
-        if max(self.settings.bits, (high - low).bit_length()) > MAX_BITS:
-            raise InputError(f"--qe-convert-pytorch: integer kernels take up to {MAX_BITS} bits")
-        shift = _shift(low)
+        _require_8_bits(*self.weight_range)
+        if not self.dynamic:
+            params = self._registered("input_0")
+            _require_8_bits(params.q_min, params.q_max)
+        shift = _shift(self.weight_range[0])
         weight = (self.weight.int() - shift).to(torch.int8)
-        self.columns = weight.shape[0]
-        depth = weight.shape[1]
-        self.padding = -depth % MULTIPLE
-        padded = F.pad(weight, (0, self.padding, 0, -self.columns % MULTIPLE))
+        self.columns, self.depth = weight.shape
+        padded = F.pad(weight, (0, -self.depth % MULTIPLE, 0, -self.columns % MULTIPLE))
         self.register_buffer("int8_weight", padded, persistent=False)
         self.register_buffer("weight_sum", weight.sum(1, dtype=torch.int32), persistent=False)
         self.register_buffer("weight_offset", self.w_zero_point.int() + shift, persistent=False)
 
-    def product(self, x: Operand) -> Tensor:
-        """(N, M) int32."""
+    def product(self, x: Operand, dtype: torch.dtype) -> Tensor:
+        _require_8_bits(x.params.q_min, x.params.q_max)
         shift = _shift(x.params.q_min)
         rows = (x.q - shift).to(torch.int8)
         offset = x.params.zero_point.int() + shift
-        padded = F.pad(rows, (0, self.padding, 0, max(0, MIN_ROWS - len(rows))))
-        product = torch._int_mm(padded, self.int8_weight.t())[: len(rows), : self.columns]
+        padded = F.pad(rows, (0, -self.depth % MULTIPLE, 0, max(0, MIN_ROWS - len(rows))))
+        total = torch._int_mm(padded, self.int8_weight.t())[: len(rows), : self.columns]
         row_sum = rows.sum(1, dtype=torch.int32, keepdim=True)
-        depth = rows.shape[1]
-        return product + self.weight_offset * (row_sum + depth * offset) + offset * self.weight_sum
+        total = total + self.weight_offset * (row_sum + self.depth * offset) + offset * self.weight_sum
+        return total.to(dtype)
+
+
+def _require_8_bits(q_min: int, q_max: int) -> None:
+    if q_max - q_min >= 1 << MAX_BITS:
+        raise InputError(
+            f"--qe-convert-pytorch: integer kernels take up to {MAX_BITS} bits, not {q_min} .. {q_max}"
+        )
 
 
 def _shift(q_min: int) -> int:

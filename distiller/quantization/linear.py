@@ -65,38 +65,40 @@ def params_of_range(low: Tensor, high: Tensor, bits: int, mode: LinearQuantMode)
         mode: A zero-width range gives scale 1 in any mode.
 
     Raises:
-        ValueError: a range is upside down, or the mode has no level but 0 at these bits.
+        ValueError: an asymmetric range is upside down, a range is too narrow for float32, or the mode has no level
+            but 0 at these bits.
     """
-    if (low > high).any():
-        raise ValueError(f"upside-down range: {low[low > high][0]} > {high[low > high][0]}")
     low, high = low.float(), high.float()
     q_min, q_max = integer_range(bits, mode)
     if mode.symmetric:
         levels = q_max if mode is LinearQuantMode.SYMMETRIC_RESTRICTED else (2**bits - 1) / 2
         if not levels:
             raise ValueError(f"{mode.value} at {bits} bit has no level but 0")
-        return QuantParams(
-            symmetric_scale(torch.maximum(low.abs(), high.abs()), levels), torch.zeros_like(low), q_min, q_max
-        )
+        scale = scale_of_width(torch.maximum(low.abs(), high.abs()), levels)
+        return QuantParams(scale, torch.zeros_like(low), q_min, q_max)
+    if (low > high).any():
+        raise ValueError(f"upside-down range: {low[low > high][0]} > {high[low > high][0]}")
     low, high = low.clamp(max=0), high.clamp(min=0)
-    levels = 2**bits - 1
-    width = high - low
-    scale = levels / torch.where(width == 0, levels, width)
+    scale = scale_of_width(high - low, 2**bits - 1)
     zero_point = torch.round(scale * low)
     if mode is LinearQuantMode.ASYMMETRIC_SIGNED:
         zero_point = zero_point + 2 ** (bits - 1)
     return QuantParams(scale, zero_point, q_min, q_max)
 
 
-def symmetric_scale(max_abs: Tensor, levels: float) -> Tensor:
-    """``levels`` quanta for ``max_abs``, or scale 1 where that is 0.
+def scale_of_width(width: Tensor, levels: float) -> Tensor:
+    """``levels`` quanta for ``width``, or scale 1 where that is 0.
 
     Raises:
-        ValueError: a negative ``max_abs``.
+        ValueError: a negative width, or one so small that float32 cannot hold the scale.
     """
-    if (max_abs < 0).any():
-        raise ValueError(f"negative largest magnitude: {max_abs.min()}")
-    return levels / torch.where(max_abs == 0, levels, max_abs)
+    if (width < 0).any():
+        raise ValueError(f"negative width: {width.min()}")
+    # Rounded twice, as PyTorch divides a number by a tensor. A single division differs in the last bit.
+    scale = torch.where(width == 0, levels, width).reciprocal() * levels
+    if not torch.isfinite(scale).all():
+        raise ValueError(f"range too narrow for float32: {width.min()}")
+    return scale
 
 
 def quantize(x: Tensor, params: QuantParams) -> Tensor:
@@ -122,7 +124,7 @@ def approximate_scale(scale: Tensor, bits: int | None) -> Tensor:
     """
     if bits is None:
         return scale
-    shift = torch.floor(torch.log2((2**bits - 1) / scale))
+    shift = torch.floor(torch.log2(scale.reciprocal() * (2**bits - 1)))
     return torch.floor(scale * 2**shift) / 2**shift
 
 

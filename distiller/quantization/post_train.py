@@ -96,9 +96,13 @@ class PostTrainLinearQuantizer:
         save_fp_weights: bool = False,
         integer_kernels: bool = False,
     ):
-        _check_range("--qe-bits-accum (bits_accum)", bits_accum, 32)
+        _check_range("--qe-bits-accum (bits_accum)", bits_accum, 1, 32)
         if scale_approx_mult_bits is not None:
-            _check_range("--qe-scale-approx-bits (scale_approx_mult_bits)", scale_approx_mult_bits, 31)
+            _check_range("--qe-scale-approx-bits (scale_approx_mult_bits)", scale_approx_mult_bits, 2, 31)
+        if not isinstance(per_channel_wts, bool):
+            raise InputError(
+                f"--qe-per-channel (per_channel_wts): {per_channel_wts!r} is neither true nor false"
+            )
         self.model = model
         self.default = Request(
             bits_activations,
@@ -110,7 +114,7 @@ class PostTrainLinearQuantizer:
             per_channel_wts,
             scale_approx_mult_bits,
         )
-        self.overrides = dict(overrides or {})
+        self.overrides = overrides or {}
         if isinstance(model_activation_stats, str | os.PathLike):
             model_activation_stats = load_statistics(model_activation_stats)
         elif model_activation_stats is not None:
@@ -203,9 +207,9 @@ class PostTrainLinearQuantizer:
         repeated = [name for name, call in self.graph.items() if call.calls > 1]
         if repeated:
             raise ValueError(f"{repeated[0]} is called more than once; each call needs a module of its own")
-        requests = requests_by_layer(self.default, self.overrides, self.graph)
-        self.activations = {name: request.activations(name) for name, request in requests.items()}
-        self.weights = {name: request.weights(name) for name, request in requests.items()}
+        requests = requests_by_layer(self.default, self.overrides, leaf_names(self.model))
+        self.activations = {name: requests[name].activations(name) for name in self.graph}
+        self.weights = {name: requests[name].weights(name) for name in self.graph}
         self.fused = self._fuse_and_clip()
         carried: dict[str | None, QuantParams | None] = {}
         for name, call in self.graph.items():
@@ -402,6 +406,6 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _check_range(flag: str, value: object, greatest: int) -> None:
-    if type(value) is not int or not 1 <= value <= greatest:
-        raise InputError(f"{flag}: {value!r}; it takes 1 to {greatest}")
+def _check_range(flag: str, value: object, least: int, greatest: int) -> None:
+    if type(value) is not int or not least <= value <= greatest:
+        raise InputError(f"{flag}: {value!r}; it takes {least} to {greatest}")

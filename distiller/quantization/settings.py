@@ -32,7 +32,7 @@ class Request:
         clip_acts: How activations' ranges are found.
         clip_n_stds: For ``ClipMode.N_STD``, above 0.
         per_channel_wts: A scale per output feature of a Linear.
-        scale_approx_mult_bits: Multiplier bits that scales are cut to, 1 .. 31; None for no such limit.
+        scale_approx_mult_bits: Multiplier bits that scales are cut to, 2 .. 31; None for no such limit.
     """
 
     bits_activations: int | None
@@ -147,6 +147,8 @@ def requests_by_layer(
         InputError: a pattern that matches no layer or is none, or a key that no override has.
     """
     layers = list(layers)
+    if not isinstance(overrides, Mapping):
+        raise InputError(f"overrides: not a map by layer name: {overrides!r}")
     patterns = {pattern: _compile(pattern) for pattern in overrides}
     for pattern, changes in overrides.items():
         if not isinstance(changes, Mapping) or changes.keys() - OVERRIDE_KEYS:

@@ -160,7 +160,7 @@ class NCFQuantAwareTrainQuantizer:
         )
         self.bits_bias = bits_bias
         self.ema_decay = ema_decay
-        self.overrides = dict(overrides or {})
+        self.overrides = overrides or {}
 
     def prepare_model(self) -> None:
         """Replace the model's layers by ones that round. Its parameters stay the same objects, by the same names.

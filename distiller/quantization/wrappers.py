@@ -310,10 +310,15 @@ class QuantizedLinear(AccumulatingModule):
 
     def _prepare_product(self, operand: Tensor) -> None:
         """Get ready to multiply by the (M, K) whole numbers q_w + zp_w."""
+        self.largest_row = operand.double().abs().sum(1).max().item()
+        static = None if self.dynamic else self._exact_dtype(self._registered("input_0"))
+        self.register_buffer("operand", operand.to(static or torch.float32), persistent=False)
+
+    def _exact_dtype(self, x: QuantParams) -> torch.dtype:
+        """What holds every partial sum of a product with ``x``, and the bias, without error."""
         largest_bias = 0 if self.bias is None or self.dynamic else self.bias.abs().max().item()
-        largest = operand.double().abs().sum(1).max().item() * 2**self.settings.bits + largest_bias
-        self.exact_dtype = torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
-        self.register_buffer("operand", operand.to(self.exact_dtype), persistent=False)
+        largest = self.largest_row * (x.q_max - x.q_min + 1) + largest_bias
+        return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
 
     def _accumulator_scale(self, input_scale: Tensor) -> Tensor:
         return approximate_scale(input_scale * self.w_scale, self.settings.scale_bits)
@@ -328,15 +333,15 @@ class QuantizedLinear(AccumulatingModule):
     def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
         (x,) = operands
         scale = self._accumulator_scale(x.scale)
-        total = self.product(x).to(self.exact_dtype)
+        total = self.product(x, self._exact_dtype(x.params))
         bias = self._bias_in(scale)
         if bias is not None:
             total = total + bias
         return saturate(total, self.accumulator_bits).float(), scale
 
-    def product(self, x: Operand) -> Tensor:
-        """(N, M) exact products of (N, K) integers with the weights' integers."""
-        return F.linear(x.integers.to(self.exact_dtype), self.operand)
+    def product(self, x: Operand, dtype: torch.dtype) -> Tensor:
+        """(N, M) products of (N, K) integers with the weights' integers, exact in ``dtype``."""
+        return F.linear(x.integers.to(dtype), self.operand.to(dtype))
 
 
 class QuantizedEmbedding(nn.Module):

@@ -1,0 +1,154 @@
+"""A tiny set of ratings, its split, a model trained on it, and the scripts called in this process."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# The models here are too small to share between threads, which only wait for each other, longest on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+import convert
+import ncf
+import synthetic
+from distiller.cli import run
+
+torch.set_num_threads(1)
+
+USERS, ITEMS, RATINGS, NEGATIVES = 60, 80, 2000, 40
+SIZES = ["--layers", "8", "6", "4", "-f", "4"]
+EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a script left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Script = Callable[..., Outcome]
+
+
+def call(prog: str, main: Callable[[], None], arguments: tuple) -> Outcome:
+    """Run a script's ``main`` as its last lines do, with ``arguments`` as its command line."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, [prog, *map(str, arguments)]
+    threads = torch.get_num_threads()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                code = run(prog, main)
+            except SystemExit as stop:
+                code = stop.code
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        close_logs()
+    return Outcome(code or 0, out.getvalue(), err.getvalue())
+
+
+def close_logs() -> None:
+    """Take the handlers off the scripts' loggers, so that one run's log does not collect the next one's."""
+    for name in ("ncf", "distiller"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = True
+
+
+def run_ncf(*arguments: object) -> Outcome:
+    """``ncf.py`` in this process."""
+    return call("ncf.py", ncf.main, arguments)
+
+
+def run_convert(*arguments: object) -> Outcome:
+    """``convert.py`` in this process."""
+    return call("convert.py", convert.main, arguments)
+
+
+@pytest.fixture(name="ncf")
+def ncf_script() -> Script:
+    """Calls ``ncf.py`` with the arguments given."""
+    return run_ncf
+
+
+@pytest.fixture(name="convert")
+def convert_script() -> Script:
+    """Calls ``convert.py`` with the arguments given."""
+    return run_convert
+
+
+@pytest.fixture
+def in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a test in a directory of its own, where a forgotten ``-o`` does no harm."""
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+@pytest.fixture(scope="session")
+def ratings_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ratings in ml-20m's format."""
+    path = tmp_path_factory.mktemp("ratings") / "ratings.csv"
+    with redirect_stderr(io.StringIO()):
+        synthetic.write_ratings(path, USERS, ITEMS, RATINGS, seed=7)
+    return path
+
+
+@pytest.fixture(scope="session")
+def split_dir(ratings_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted ratings. To be read only: a test that changes it takes a copy."""
+    directory = tmp_path_factory.mktemp("split") / "ml-20m"
+    outcome = run_convert(ratings_file, directory, "-n", NEGATIVES)
+    assert outcome.code == 0, outcome.err
+    return directory
+
+
+@pytest.fixture(scope="session")
+def run_dir(split_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``ncf.py`` leaves after two epochs on the split. To be read only."""
+    directory = tmp_path_factory.mktemp("runs") / "base"
+    outcome = run_ncf(split_dir, *SIZES, "-e", EPOCHS, "-s", 1, "-l", 0.01, "-o", directory)
+    assert outcome.code == 0, outcome.err
+    return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoint(run_dir: Path) -> Path:
+    """The trained model's ``best.pth.tar``."""
+    return run_dir / "best.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def stats_file(split_dir: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the trained model's activations over all test users."""
+    directory = tmp_path_factory.mktemp("stats")
+    outcome = run_ncf(split_dir, "--load", checkpoint, "--qe-calibration", 1, "-o", directory)
+    assert outcome.code == 0, outcome.err
+    (path,) = directory.glob("*.yaml")
+    return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, hidden ones too, with its bytes."""
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(name="contents")
+def contents_function() -> Callable[[Path], dict[str, bytes]]:
+    """Reads every file below a directory."""
+    return contents

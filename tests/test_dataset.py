@@ -1,0 +1,742 @@
+"""The split on disk, whatever has become of it, unseen items against brute force, and training batches."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import resource
+import shutil
+import signal
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dataset
+from dataset import Split, TrainingBatches, UnseenItems, load_split, read_pickle, write_pickle
+from distiller.cli import InputError
+
+CSV_NAMES = ["train-ratings.csv", "test-ratings.csv", "test-negative.csv"]
+PICKLE = "split.pickle"
+
+
+def tiny_split() -> Split:
+    """Three users, six items."""
+    return Split(
+        nb_users=3,
+        nb_items=6,
+        train_users=np.array([0, 0, 1, 2, 2, 2], dtype=np.uint8),
+        train_items=np.array([0, 1, 5, 1, 2, 3], dtype=np.uint8),
+        test_items=np.array([4, 3, 5], dtype=np.uint8),
+        negatives=np.array([[2, 3], [0, 0], [4, 0]], dtype=np.uint8),
+        distinct_negatives=False,
+        seed=7,
+        digest="sha256:" + "0" * 64,
+        user_ids=np.array([10, 30, 20]),
+        item_ids=np.array([5, 4, 3, 2, 1, 9]),
+    )
+
+
+def assert_same(first: Split, second: Split, source_too: bool = True) -> None:
+    """Equal in every field; without ``source_too`` in those that CSV files have."""
+    names = ["nb_users", "nb_items", "train_users", "train_items", "test_items", "negatives"]
+    if source_too:
+        names += ["distinct_negatives", "seed", "digest", "user_ids", "item_ids"]
+    for name in names:
+        assert np.array_equal(getattr(first, name), getattr(second, name)), name
+
+
+def assert_valid(split: Split) -> None:
+    """Every part of a split, looked at one by one."""
+    assert isinstance(split, Split)
+    assert type(split.nb_users) is int
+    assert type(split.nb_items) is int
+    assert min(split.nb_users, split.nb_items) >= 2
+    users, items = range(split.nb_users), range(split.nb_items)
+    for name, ids in (
+        ("train_users", users),
+        ("train_items", items),
+        ("test_items", items),
+        ("negatives", items),
+    ):
+        array = getattr(split, name)
+        assert isinstance(array, np.ndarray), name
+        assert array.dtype.kind in "iu", name
+        assert set(array.flatten().tolist()) <= set(ids), name
+    assert split.train_users.shape == split.train_items.shape
+    assert split.train_users.ndim == 1
+    assert split.test_items.shape == (split.nb_users,)
+    assert split.negatives.ndim == 2
+    assert split.negatives.shape[0] == split.nb_users
+    assert split.negatives.shape[1] >= 1
+    assert split.seed is None or type(split.seed) is int
+    assert split.distinct_negatives is None or type(split.distinct_negatives) is bool
+    assert type(split.digest) is str
+    for name, count in (("user_ids", split.nb_users), ("item_ids", split.nb_items)):
+        ids = getattr(split, name)
+        if ids is not None:
+            assert isinstance(ids, np.ndarray), name
+            assert ids.dtype.kind in "iu", name
+            assert ids.shape == (count,), name
+
+
+# --- pickle and CSV files ---
+
+
+@pytest.fixture
+def directory(split_dir, tmp_path) -> Path:
+    """A copy of the split that a test may change."""
+    return shutil.copytree(split_dir, tmp_path / "ml-20m")
+
+
+def keep_only_csv(directory: Path) -> None:
+    """As the original leaves a directory."""
+    (directory / PICKLE).unlink()
+
+
+def keep_only_pickle(directory: Path) -> None:
+    """A pickle with nothing to be made anew from."""
+    for name in CSV_NAMES:
+        (directory / name).unlink()
+
+
+def test_pickle_round_trip_keeps_every_part(tmp_path):
+    """Arrays with their types, and plain values."""
+    split = tiny_split()
+    write_pickle(split, tmp_path / PICKLE)
+    again = read_pickle(tmp_path / PICKLE)
+    assert_same(split, again)
+    assert_valid(again)
+    assert again.negatives.dtype == np.uint8
+    assert again.nb_candidates == 3
+    assert os.listdir(tmp_path) == [PICKLE]
+
+
+def test_arrays_that_are_not_contiguous_survive_the_pickle(tmp_path):
+    """A transposed matrix of negatives, and every second training pair."""
+    split = tiny_split()
+    parts = vars(split) | {
+        "negatives": np.ascontiguousarray(split.negatives.T).T,
+        "train_users": np.repeat(split.train_users, 2)[::2],
+    }
+    write_pickle(Split(**parts), tmp_path / PICKLE)
+    assert_same(split, read_pickle(tmp_path / PICKLE))
+
+
+def test_directory_of_csv_files_loads_from_them_once_and_then_from_the_pickle(directory, monkeypatch):
+    """And both give the split that was converted."""
+    converted = load_split(directory)
+    keep_only_csv(directory)
+    from_csv = load_split(directory)
+    assert_same(converted, from_csv, source_too=False)
+    assert_valid(from_csv)
+    assert from_csv.seed is None
+    assert from_csv.distinct_negatives is None
+    assert sorted(path.name for path in directory.iterdir()) == sorted([*CSV_NAMES, PICKLE])
+
+    def unexpected(*_):
+        raise AssertionError("the CSV files were read again")
+
+    monkeypatch.setattr(dataset, "read_csv", unexpected)
+    assert_same(from_csv, load_split(directory))
+
+
+def test_csv_files_of_the_originals_form_load(tmp_path):
+    """Ratings as floats or not at all 1, users in order, negatives between tabs."""
+    (tmp_path / CSV_NAMES[0]).write_text("0\t1\t1\n0\t2\t1.0\n1\t0\t4.5\n")
+    (tmp_path / CSV_NAMES[1]).write_text("0\t3\t1\n1\t1\t1\n")
+    (tmp_path / CSV_NAMES[2]).write_text("0\t4\t4\n2\t3\t1\n")
+    split = load_split(tmp_path)
+    assert (split.nb_users, split.nb_items) == (2, 5)
+    assert split.train_users.tolist() == [0, 0, 1]
+    assert split.train_items.tolist() == [1, 2, 0]
+    assert split.test_items.tolist() == [3, 1]
+    assert split.negatives.tolist() == [[0, 4, 4], [2, 3, 1]]
+
+
+def test_digest_of_csv_files_depends_on_each_of_them(tmp_path):
+    """A checkpoint that names it names its data."""
+    digests = set()
+    for changed in (None, *range(3)):
+        texts = ["0\t1\t1\n1\t0\t1\n", "0\t2\t1\n1\t2\t1\n", "0\t3\n3\t1\n"]
+        if changed is not None:
+            texts[changed] = texts[changed].replace("0\t", "0\t4\t" if changed == 2 else "0\t3", 1)
+            texts[changed] = texts[changed].replace("3\t1\n", "3\t1\t1\n") if changed == 2 else texts[changed]
+        directory = tmp_path / str(changed)
+        directory.mkdir()
+        for name, text in zip(CSV_NAMES, texts, strict=True):
+            (directory / name).write_text(text)
+        digests.add(load_split(directory).digest)
+    assert len(digests) == 4
+
+
+def test_pickle_older_than_the_csv_files_is_made_anew(directory):
+    """Each of the three counts; what was changed in it is what loads."""
+    original = load_split(directory)
+    item = (int(original.test_items[0]) + 1) % original.nb_items
+    lines = (directory / CSV_NAMES[1]).read_text().split("\n")
+    lines[0] = f"0\t{item}\t1"
+    (directory / CSV_NAMES[1]).write_text("\n".join(lines))
+    for name in (CSV_NAMES[0], CSV_NAMES[2], PICKLE):
+        os.utime(directory / name, (10**9, 10**9))
+    assert load_split(directory).test_items[0] == item
+    assert read_pickle(directory / PICKLE).test_items[0] == item
+
+
+def test_pickle_that_cannot_be_written_does_not_stop_loading(directory, monkeypatch):
+    """A read-only directory of CSV files loads from them each time."""
+    original = load_split(directory)
+    keep_only_csv(directory)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(directory / PICKLE))
+
+    monkeypatch.setattr(dataset, "write_pickle", refuse)
+    assert_same(original, load_split(directory), source_too=False)
+    assert not (directory / PICKLE).exists()
+
+
+class Command:
+    """What would make a file when its pickle is loaded."""
+
+    def __init__(self, function: Callable, *arguments: object):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def with_command(split: Split, where: str, marker: Path) -> bytes:
+    """A split's pickle in which something would write ``marker`` if it were ever called."""
+    touch = f"touch {marker}"
+    command = {
+        "system": Command(os.system, touch),
+        "eval": Command(eval, f"__import__('os').system({touch!r})"),
+        "open": Command(open, str(marker), "w"),
+        "getattr": Command(getattr, os, "system"),
+        "array of objects": np.array([Command(os.system, touch)], dtype=object),
+        "path": marker,
+        "bytesio": io.BytesIO(b"x"),
+    }[where]
+    content = {"format": dataset.FORMAT, "version": dataset.VERSION} | vars(split)
+    return pickle.dumps(content | {"digest": command}, protocol=2 if where == "array of objects" else 5)
+
+
+COMMANDS = ["system", "eval", "open", "array of objects", "path", "bytesio"]
+
+
+def damaged(kind: str, whole: bytes, marker: Path) -> bytes:
+    """A pickle that is not a split's any more."""
+    content = {"format": dataset.FORMAT, "version": dataset.VERSION} | vars(tiny_split())
+    dumps = partial(pickle.dumps, protocol=5)
+    return {
+        "empty": lambda: b"",
+        "not a pickle": lambda: b"user,item\n1,2\n",
+        "random bytes": lambda: np.random.default_rng(0).bytes(1000),
+        "older version": lambda: dumps(content | {"version": dataset.VERSION - 1}),
+        "newer version": lambda: dumps(content | {"version": dataset.VERSION + 1}),
+        "no version": lambda: dumps({k: v for k, v in content.items() if k != "version"}),
+        "another format": lambda: dumps(content | {"format": "tensors"}),
+        "a list": lambda: dumps([1, 2, 3]),
+        "a part too few": lambda: dumps({k: v for k, v in content.items() if k != "negatives"}),
+        "a part too many": lambda: dumps(content | {"more": 1}),
+        "floats for ids": lambda: dumps(content | {"test_items": np.array([0.5, 1, 2])}),
+        "an item too high": lambda: dumps(content | {"test_items": np.array([0, 6, 2], np.uint8)}),
+        "a user too high": lambda: dumps(content | {"nb_users": 2}),
+        "one user": lambda: dumps(content | {"nb_users": 1}),
+        "lengths that differ": lambda: dumps(content | {"train_users": np.zeros(2, np.uint8)}),
+        "no negatives": lambda: dumps(content | {"negatives": np.zeros((3, 0), np.uint8)}),
+        "a dictionary for an array": lambda: dumps(content | {"negatives": {}}),
+        "a seed that is none": lambda: dumps(content | {"seed": [1]}),
+        "a digest that is none": lambda: dumps(content | {"digest": 12}),
+        "ids of text": lambda: dumps(content | {"user_ids": np.array(["a", "b", "c"])}),
+        **{where: lambda where=where: with_command(tiny_split(), where, marker) for where in COMMANDS},
+    }[kind]()
+
+
+DAMAGE = [
+    "empty",
+    "not a pickle",
+    "random bytes",
+    "older version",
+    "newer version",
+    "no version",
+    "another format",
+    "a list",
+    "a part too few",
+    "a part too many",
+    "floats for ids",
+    "an item too high",
+    "a user too high",
+    "one user",
+    "lengths that differ",
+    "no negatives",
+    "a dictionary for an array",
+    "a seed that is none",
+    "a digest that is none",
+    "ids of text",
+    *COMMANDS,
+]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_pickle_is_made_anew_where_there_are_csv_files(directory, tmp_path, kind):
+    """And loads from the pickle again afterwards; nothing in it runs."""
+    original, marker = load_split(directory), tmp_path / "marker"
+    (directory / PICKLE).write_bytes(damaged(kind, (directory / PICKLE).read_bytes(), marker))
+    assert_same(original, load_split(directory), source_too=False)
+    assert_same(original, read_pickle(directory / PICKLE), source_too=False)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_pickle_alone_is_a_clear_error(directory, tmp_path, kind, contents):
+    """That names the file, runs nothing in it and leaves it as it was."""
+    marker = tmp_path / "marker"
+    (directory / PICKLE).write_bytes(damaged(kind, (directory / PICKLE).read_bytes(), marker))
+    keep_only_pickle(directory)
+    before = contents(directory)
+    with pytest.raises(InputError) as error:
+        load_split(directory)
+    assert str(directory / PICKLE) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not str(error.value).endswith(": ")
+    assert contents(directory) == before
+    assert not marker.exists()
+
+
+def test_command_in_a_pickle_is_named(tmp_path):
+    """What it holds that no split does."""
+    (tmp_path / PICKLE).write_bytes(with_command(tiny_split(), "eval", tmp_path / "marker"))
+    with pytest.raises(InputError, match="eval"):
+        load_split(tmp_path)
+
+
+def test_pickle_cut_short_at_any_length_is_an_error_or_made_anew(directory):
+    """Never a split of what happened to be whole."""
+    original = load_split(directory)
+    whole = (directory / PICKLE).read_bytes()
+    lengths = sorted({*range(0, 700, 7), *range(0, len(whole), len(whole) // 150), len(whole) - 1})
+    csv_files = {name: (directory / name).read_bytes() for name in CSV_NAMES}
+    keep_only_pickle(directory)
+    for length in lengths:
+        (directory / PICKLE).write_bytes(whole[:length])
+        with pytest.raises(InputError):
+            load_split(directory)
+    for name, text in csv_files.items():
+        (directory / name).write_bytes(text)
+    for length in lengths[:: len(lengths) // 5]:
+        (directory / PICKLE).write_bytes(whole[:length])
+        assert_same(original, load_split(directory), source_too=False)
+
+
+def in_child(test: Callable[[], None], path: Path) -> None:
+    """Run ``test`` in a child process with little memory, which ``path``'s bytes may bring down without us."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        message = ""
+        try:
+            os.close(read)
+            if Path("/proc/self/statm").exists():  # where there is none, the alarm must do
+                addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                _, hard = resource.getrlimit(resource.RLIMIT_AS)
+                resource.setrlimit(resource.RLIMIT_AS, (addresses + (1 << 29), hard))
+            signal.alarm(60)
+            test()
+        except BaseException:
+            message = traceback.format_exc()
+        os.write(write, message.encode()[-50_000:])
+        os._exit(bool(message))
+    os.close(write)
+    with open(read, "rb") as pipe:
+        message = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    assert not os.WIFSIGNALED(status), (
+        f"reading {path} ended in signal {os.WTERMSIG(status)}: {path.read_bytes()!r}"
+    )
+    assert status == 0, message
+
+
+def read_any(path: Path, content: bytes) -> None:
+    """Whatever the bytes: a valid split or an ``InputError`` of one line."""
+    path.write_bytes(content)
+    try:
+        split = read_pickle(path)
+    except InputError as error:
+        assert "\n" not in str(error)
+    else:
+        assert_valid(split)
+
+
+FUZZ = settings(
+    max_examples=300, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+def test_random_bytes_never_give_anything_but_an_error_or_a_split(tmp_path):
+    """With and without a pickle's first bytes."""
+    path = tmp_path / PICKLE
+
+    @FUZZ
+    @given(st.sampled_from([b"", b"\x80\x05", b"\x80\x05}("]), st.binary(max_size=60))
+    def fuzz(start, rest):
+        read_any(path, start + rest)
+
+    in_child(fuzz, path)
+
+
+def whole_pickle(directory: Path) -> bytes:
+    """A tiny split's pickle."""
+    write_pickle(tiny_split(), directory / "whole")
+    return (directory / "whole").read_bytes()
+
+
+def test_mutated_pickles_never_give_anything_but_an_error_or_a_split(tmp_path):
+    """Bytes changed, taken out, put in and copied to another place."""
+    path, whole = tmp_path / PICKLE, whole_pickle(tmp_path)
+    position = st.integers(0, len(whole) - 1)
+    change = st.tuples(
+        st.sampled_from(["set", "cut", "insert", "copy"]),
+        position,
+        position,
+        st.binary(min_size=1, max_size=4),
+    )
+
+    @FUZZ
+    @given(st.lists(change, min_size=1, max_size=4))
+    def fuzz(changes):
+        content = bytearray(whole)
+        for kind, at, other, value in changes:
+            if kind == "set":
+                content[at : at + len(value)] = value
+            elif kind == "cut":
+                del content[at : at + len(value)]
+            elif kind == "insert":
+                content[at:at] = value
+            else:
+                content[at : at + len(value)] = content[other : other + len(value)]
+        read_any(path, bytes(content))
+
+    in_child(fuzz, path)
+
+
+def test_no_single_byte_changed_brings_the_reader_down(tmp_path):
+    """Every byte of a pickle in turn, by each opcode that may stand there."""
+    path, whole = tmp_path / PICKLE, whole_pickle(tmp_path)
+    opcodes = b"N(q.bR\x94\xff"
+
+    def fuzz():
+        for at in range(len(whole)):
+            for code in opcodes:
+                read_any(path, whole[:at] + bytes([code]) + whole[at + 1 :])
+
+    in_child(fuzz, path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x05Nr\xff\xff\xff\x00.",  # a memo of 16 million entries
+        b"\x80\x05\x8e\xff\xff\xff\x3f\x00\x00\x00\x00",  # 1 GB of bytes that do not follow
+        b"\x80\x05\x96\xff\xff\xff\x3f\x00\x00\x00\x00",
+    ],
+)
+def test_few_bytes_cannot_take_all_memory(tmp_path, content):
+    """What a short file asks for, it does not get."""
+    path = tmp_path / PICKLE
+
+    def read():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        read_any(path, content)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+    in_child(read, path)
+
+
+# --- directories that hold no split ---
+
+
+def test_missing_directory_and_file_in_its_place_are_named(tmp_path):
+    """Neither is a split."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "missing", tmp_path / "file"):
+        with pytest.raises(InputError, match=str(path)):
+            load_split(path)
+
+
+@pytest.mark.parametrize("missing", [*CSV_NAMES, None])
+def test_directory_without_a_whole_split_is_named(directory, missing):
+    """Two of three CSV files are no split; what is missing is in the message."""
+    keep_only_csv(directory)
+    for name in [missing] if missing else CSV_NAMES:
+        (directory / name).unlink()
+    with pytest.raises(InputError) as error:
+        load_split(directory)
+    assert str(directory) in str(error.value)
+    assert (missing or CSV_NAMES[0]) in str(error.value)
+
+
+def edit(lines: list[str], at: int, line: str | None) -> list[str]:
+    """Lines with one changed, or taken out."""
+    return lines[:at] + ([] if line is None else [line]) + lines[at + 1 :]
+
+
+CSV_FAULTS = {
+    "a user beyond the others in training": (0, lambda lines: [*lines, "60\t1\t1"], CSV_NAMES[0], 1),
+    "a user in training that is not in the test": (1, lambda lines: lines[:-1], None, None),
+    "no training pair of the last user": (
+        0,
+        lambda lines: [line for line in lines if not line.startswith("59\t")],
+        None,
+        None,
+    ),
+    "no training pair of a user in between": (
+        0,
+        lambda lines: [line for line in lines if not line.startswith("7\t")],
+        None,
+        None,
+    ),
+    "a test user missing in between": (1, lambda lines: edit(lines, 7, None), CSV_NAMES[1], 8),
+    "a test user twice": (1, lambda lines: [*lines[:5], lines[4], *lines[5:]], CSV_NAMES[1], 6),
+    "test users in another order": (1, lambda lines: lines[::-1], CSV_NAMES[1], 1),
+    "a row of negatives too few": (2, lambda lines: lines[:-1], CSV_NAMES[2], None),
+    "a row of negatives too many": (2, lambda lines: [*lines, lines[0]], CSV_NAMES[2], None),
+    "a row of negatives cut short": (
+        2,
+        lambda lines: edit(lines, 30, lines[30].rsplit("\t", 1)[0]),
+        CSV_NAMES[2],
+        31,
+    ),
+    "a word among the negatives": (2, lambda lines: edit(lines, 30, "x" + lines[30]), CSV_NAMES[2], 31),
+    "a negative item among the negatives": (
+        2,
+        lambda lines: edit(lines, 30, "-1\t" + lines[30].split("\t", 1)[1]),
+        CSV_NAMES[2],
+        31,
+    ),
+    "a training row cut short": (0, lambda lines: edit(lines, 99, "3\t4"), CSV_NAMES[0], 100),
+    "a negative training item": (0, lambda lines: edit(lines, 99, "3\t-4\t1"), CSV_NAMES[0], 100),
+    "a negative test item": (1, lambda lines: edit(lines, 9, "9\t-4\t1"), CSV_NAMES[1], 10),
+    "no training rows": (0, lambda lines: [], CSV_NAMES[0], None),
+    "no test rows": (1, lambda lines: [], CSV_NAMES[1], None),
+    "no negatives": (2, lambda lines: [], CSV_NAMES[2], None),
+}
+
+
+@pytest.mark.parametrize("fault", CSV_FAULTS)
+def test_csv_files_that_are_malformed_or_disagree_are_refused(directory, contents, fault):
+    """Naming the file, and the line where there is one; no pickle is made of them."""
+    number, change, name, line = CSV_FAULTS[fault]
+    keep_only_csv(directory)
+    path = directory / CSV_NAMES[number]
+    lines = change(path.read_text().splitlines())
+    path.write_text("".join(f"{text}\n" for text in lines))
+    if fault == "a user beyond the others in training":
+        line = len(lines)
+    before = contents(directory)
+    with pytest.raises(InputError) as error:
+        load_split(directory)
+    expected = str(directory) if name is None else str(directory / name)
+    assert expected + (f":{line}:" if line else "") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert contents(directory) == before
+
+
+def test_user_whose_training_items_are_all_items_is_refused(tmp_path):
+    """There is no negative to draw for her."""
+    (tmp_path / CSV_NAMES[0]).write_text("0\t0\t1\n0\t1\t1\n0\t2\t1\n1\t0\t1\n")
+    (tmp_path / CSV_NAMES[1]).write_text("0\t1\t1\n1\t2\t1\n")
+    (tmp_path / CSV_NAMES[2]).write_text("1\n1\n")
+    with pytest.raises(InputError, match="user 0"):
+        load_split(tmp_path)
+
+
+# --- unseen items ---
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_unseen_items_are_those_of_brute_force(data):
+    """Every rank of every user, with repeated pairs, users without pairs and users with every item."""
+    nb_users, nb_items = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 12))
+    pair = st.tuples(st.integers(0, nb_users - 1), st.integers(0, nb_items - 1))
+    pairs = data.draw(st.lists(pair, min_size=1, max_size=50))
+    users, items = (np.array(ids, dtype=np.uint8) for ids in zip(*pairs, strict=True))
+    unseen = UnseenItems(users, items, nb_users, nb_items)
+    expected = [
+        [item for item in range(nb_items) if (user, item) not in set(pairs)] for user in range(nb_users)
+    ]
+    assert unseen.counts.tolist() == [len(row) for row in expected]
+    asked = [(user, rank) for user in range(nb_users) for rank in range(len(expected[user]))]
+    asked = data.draw(st.permutations(asked))
+    if asked:
+        asked_users, ranks = (torch.tensor(ids) for ids in zip(*asked, strict=True))
+        assert unseen.item(asked_users, ranks).tolist() == [expected[user][rank] for user, rank in asked]
+
+
+def test_unseen_items_do_not_overflow_the_types_that_pairs_come_in():
+    """138,493 users by 26,744 items are more pairs than 32 bits count."""
+    users = np.array([0, 138_492, 138_492], dtype=np.uint32)
+    items = np.array([26_743, 0, 26_742], dtype=np.uint16)
+    unseen = UnseenItems(users, items, 138_493, 26_744)
+    assert unseen.item(torch.tensor([138_492] * 3), torch.tensor([0, 26_740, 26_741])).tolist() == [
+        1,
+        26_741,
+        26_743,
+    ]
+    assert unseen.item(torch.tensor([0]), torch.tensor([26_742])).tolist() == [26_742]
+
+
+# --- training batches ---
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def drawn(batches: list[Batch]) -> list[tuple[int, int, float]]:
+    """Every sample: user, item, label."""
+    return [sample for batch in batches for sample in zip(*(part.tolist() for part in batch), strict=True)]
+
+
+def equal(first: list[Batch], second: list[Batch]) -> bool:
+    """The same batches in the same order."""
+    return len(first) == len(second) and all(
+        torch.equal(a, b)
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture(params=[None, 1, 7, 100, 1000])
+def window(request, monkeypatch) -> int | None:
+    """The number of positives shuffled together, mostly far below the data's."""
+    if request.param:
+        monkeypatch.setattr(TrainingBatches, "WINDOW", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(("batch_size", "negatives"), [(256, 4), (1, 2), (100_000, 4), (97, 1), (50, 4)])
+def test_epoch_has_every_positive_once_and_negatives_beside_it(split_dir, window, batch_size, negatives):
+    """Labels, numbers, types, and never a training item among the negatives; windows change nothing of it."""
+    split = load_split(split_dir)
+    if batch_size == 1:
+        parts = {name: getattr(split, name)[:200] for name in ("train_users", "train_items")}
+        split = Split(**vars(split) | parts)
+    batches = TrainingBatches(split, batch_size, negatives, seed=3)
+    epoch = list(batches.epoch(5))
+    for users, items, labels in epoch:
+        assert (users.dtype, items.dtype, labels.dtype) == (torch.int64, torch.int64, torch.float32)
+        assert users.shape == items.shape == labels.shape
+    total = len(split.train_users) * (1 + negatives)
+    assert batches.nb_samples == total
+    assert len(epoch) == len(batches) == -(-total // batch_size)
+    assert [len(users) for users, *_ in epoch[:-1]] == [batch_size] * (len(epoch) - 1)
+    assert len(epoch[-1][0]) == (total - 1) % batch_size + 1
+
+    pairs = list(zip(split.train_users.tolist(), split.train_items.tolist(), strict=True))
+    samples = drawn(epoch)
+    assert {label for *_, label in samples} == {0.0, 1.0}
+    assert sorted((user, item) for user, item, label in samples if label) == sorted(pairs)
+    negative = [(user, item) for user, item, label in samples if not label]
+    assert not set(negative) & set(pairs)
+    assert all(0 <= item < split.nb_items for _, item in negative)
+    of_user = Counter(split.train_users.tolist())
+    assert Counter(user for user, _ in negative) == {user: negatives * n for user, n in of_user.items()}
+
+
+def test_same_seed_and_epoch_give_the_same_batches(split_dir, window):
+    """Whatever was drawn before, and from another object; another seed or epoch gives others."""
+    split = load_split(split_dir)
+    batches = TrainingBatches(split, 128, 2, seed=11)
+    first = list(batches.epoch(0))
+    second = list(batches.epoch(1))
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert equal(list(TrainingBatches(split, 128, 2, seed=11).epoch(1)), second)
+    assert equal(list(batches.epoch(0)), first)
+    assert not equal(first, second)
+    assert not equal(list(TrainingBatches(split, 128, 2, seed=12).epoch(0)), first)
+    assert not equal(list(TrainingBatches(split, 128, 2, seed=12).epoch(0)), second)
+    # Fresh negatives in each epoch, not only another order.
+    assert sorted(drawn(first)) != sorted(drawn(second))
+
+
+def test_drawing_leaves_the_global_generator_alone(split_dir):
+    """So that initial weights do not depend on when batches are drawn."""
+    batches = TrainingBatches(load_split(split_dir), 128, 2, seed=11)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    list(batches.epoch(0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5, "one less", "all"])
+def test_skip_gives_exactly_the_later_batches(split_dir, window, skip):
+    """As a resumed run needs them."""
+    batches = TrainingBatches(load_split(split_dir), 200, 3, seed=2)
+    whole = list(batches.epoch(4))
+    skip = {"one less": len(whole) - 1, "all": len(whole)}.get(skip, skip)
+    assert equal(list(batches.epoch(4, skip=skip)), whole[skip:])
+
+
+def test_samples_are_shuffled(split_dir):
+    """Labels and users are spread over the epoch, not in the order of the file."""
+    split = load_split(split_dir)
+    epoch = list(TrainingBatches(split, 256, 4, seed=0).epoch(0))
+    for users, _, labels in epoch[:-1]:
+        assert 20 < labels.sum() < 85  # 51 expected, 6.4 deviation
+        assert len(set(users.tolist())) > 40  # of 60
+    positives = [(user, item) for user, item, label in drawn(epoch) if label]
+    assert positives != list(zip(split.train_users.tolist(), split.train_items.tolist(), strict=True))
+    # A negative need not follow its positive.
+    order = [user for user, *_ in drawn(epoch)]
+    repeats = sum(a == b for a, b in pairwise(order))
+    assert repeats < len(order) / 10
+
+
+def test_positives_are_spread_over_the_epoch_evenly_in_any_window(split_dir, window):
+    """The first half of an epoch has about half of the first user's positives (fixed seeds)."""
+    split = load_split(split_dir)
+    batches = TrainingBatches(split, 100, 1, seed=1)
+    busiest = np.bincount(split.train_users).argmax()
+    count = np.sum(split.train_users == busiest)
+    shares = []
+    for epoch in range(10):
+        samples = drawn(list(batches.epoch(epoch)))
+        half = samples[: len(samples) // 2]
+        shares.append(sum(user == busiest and label == 1 for user, _, label in half) / count)
+    assert abs(np.mean(shares) - 0.5) < 5 * 0.5 / np.sqrt(10 * count)
+
+
+def test_negatives_are_uniform_over_unseen_items(window):
+    """Chi-square for each user of a tiny split, over many epochs with fixed seeds."""
+    split = tiny_split()
+    batches = TrainingBatches(split, 64, 4, seed=9)
+    samples = [sample for epoch in range(300) for sample in drawn(list(batches.epoch(epoch)))]
+    for user, seen in enumerate([{0, 1}, {5}, {1, 2, 3}]):
+        counts = Counter(item for who, item, label in samples if who == user and not label)
+        assert set(counts) == set(range(6)) - seen
+        expected = 4 * 300 * len(seen) / (6 - len(seen))
+        statistic = sum((count - expected) ** 2 / expected for count in counts.values())
+        assert statistic < 25  # p < 0.0002 at up to 4 degrees of freedom
+
+
+def test_no_item_is_left_out_where_a_user_has_one_unseen_item():
+    """A single candidate is drawn every time."""
+    split = tiny_split()
+    parts = {
+        "train_users": np.zeros(5, dtype=np.uint8),
+        "train_items": np.array([5, 3, 1, 0, 2], dtype=np.uint8),
+    }
+    samples = drawn(list(TrainingBatches(Split(**vars(split) | parts), 7, 4, seed=1).epoch(0)))
+    assert [item for _, item, label in samples if not label] == [4] * 20
