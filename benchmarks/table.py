@@ -3,7 +3,7 @@
     python -m benchmarks.table ratings.csv|DIRECTORY [--epochs 20] [--seeds 1] ...
 
 Everything goes through ncf.py as a user would type it; each command is shown as it is run. The defaults are the
-published recipe. A model that is already in --out is used as it is, unless --overwrite says otherwise.
+published recipe. A model that is already in --out is used, and trained to its end where it was interrupted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import json
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ import torch
 
 from dataset import Split, load_split
 from distiller.cli import ArgumentParser, InputError, run
+from recording import BEST, CHECKPOINT, CONFIG, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = re.compile(r"Initial HR@10 = ([\d.]+), NDCG@10 = ([\d.]+), val_time = ([\d.]+)")
@@ -62,10 +64,12 @@ def figures_of_seed(split: Path, out: Path, seed: int, args: argparse.Namespace)
     """Train and calibrate with a seed, and evaluate: each row's figures."""
     common = [split, "-b", args.batch_size, "--layers", *args.layers, "-f", args.factors, "--seed", seed]
     trained = out / "base_fp32"
-    if args.overwrite or not (trained / "best.pth.tar").exists():
+    if args.overwrite or not (trained / CHECKPOINT).exists():
         training = ["-l", args.learning_rate, "-e", args.epochs, "--overwrite", "-o", trained]
         execute("ncf.py", *common, *training)
-    load = [*common, "--load", trained / "best.pth.tar"]
+    else:
+        finish_training(split, trained, seed, args)
+    load = [*common, "--load", trained / BEST]
     statistics = {}
     for flags in ((), ("--split-final",)):
         statistics[flags] = out / f"quantization_stats_{'split' if flags else 'no_split'}.yaml"
@@ -79,6 +83,26 @@ def figures_of_seed(split: Path, out: Path, seed: int, args: argparse.Namespace)
         row = ("INT8", MODES[mode], "Yes" if per_channel else "No", "Yes" if flags else "No")
         figures[row] = figures_in(execute(*evaluate, *quantize, "--qe-stats-file", statistics[flags]))
     return figures
+
+
+def finish_training(split: Path, trained: Path, seed: int, args: argparse.Namespace) -> None:
+    """Resume a run that is there already, if it was interrupted.
+
+    Raises:
+        InputError: it is the run of another table.
+    """
+    config = json.loads((trained / CONFIG).read_text())
+    wanted = {"seed": seed, "data_digest": load_split(split).digest} | {
+        key: getattr(args, key) for key in ("epochs", "factors", "layers", "batch_size", "learning_rate")
+    }
+    for key, value in wanted.items():
+        if config.get(key) != value:
+            raise InputError(
+                f"--out: {trained} has {key} {config.get(key)}, not {value}: --overwrite trains anew"
+            )
+    last_epoch = (trained / RESULTS).read_text().splitlines()[-1].split(",")[0]
+    if int(last_epoch) + 1 < args.epochs:
+        execute("ncf.py", split, "--resume", "-o", trained)
 
 
 def figures_in(output: str) -> Figures:
