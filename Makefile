@@ -8,12 +8,15 @@ BIN := $(VENV)/bin
 # What `make table` trains for; the published recipe otherwise.
 EPOCHS ?= 20
 SEEDS ?= 1
+# Where it keeps models, so that it need not train them again; another table wants another place.
+OUT ?= run/table
 
 .PHONY: demo test lint table clean
 
 demo: $(VENV)/installed
-	$(BIN)/python synthetic.py --users 1000 --items 1500 --ratings 100000 --seed 1 demo-ratings.csv
-	$(BIN)/python -m benchmarks.table demo-ratings.csv --out run/demo --overwrite \
+	mkdir -p run
+	$(BIN)/python synthetic.py --users 1000 --items 1500 --ratings 100000 --seed 1 run/demo-ratings.csv
+	$(BIN)/python -m benchmarks.table run/demo-ratings.csv --out run/demo --overwrite \
 		--epochs 10 --factors 16 --layers 64 32 16 --batch-size 1024 --learning-rate 0.002
 
 test: $(VENV)/tests-installed lint
@@ -25,7 +28,7 @@ lint: $(VENV)/tests-installed
 
 table: $(VENV)/installed
 	@test -n "$(DATA)" || { echo 'make table: DATA=ratings.csv or DATA=directory of a split' >&2; exit 2; }
-	$(BIN)/python -m benchmarks.table $(DATA) --epochs $(EPOCHS) --seeds $(SEEDS)
+	$(BIN)/python -m benchmarks.table "$(DATA)" --out "$(OUT)" --epochs $(EPOCHS) --seeds $(SEEDS)
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,4 +40,4 @@ $(VENV)/tests-installed: $(VENV)/installed pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) run/demo demo-ratings.csv
+	rm -rf $(VENV) run/demo run/demo-ratings.csv

@@ -29,6 +29,7 @@ from distiller.tables import read_columns
 CSV_HEADER = "userId,movieId,rating,timestamp"
 COLUMNS = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float64(), "timestamp": pa.int64()}
 MIN_RATINGS = 20  # MovieLens keeps users with at least 20 ratings; the original drops the others too
+MAX_NEGATIVES = 100_000  # above any data set's items; a block of users then takes 1.6 GB
 USERS_PER_BLOCK = 2048  # 2 M negatives at 999 each: 16 MB as int64
 PAIRS_PER_BLOCK = 1 << 20  # 14 MB of text at ml-20m's ids
 
@@ -205,7 +206,7 @@ def convert(path: Path, out: Path, nb_negatives: int = 999, seed: int = 0, disti
     user_ids, item_ids = ratings.user_ids, ratings.item_ids
     unrated = UnseenItems(ratings.users, ratings.items, nb_users, nb_items)
     del ratings
-    check_unrated(unrated.counts.numpy(), user_ids, nb_negatives if distinct else 1)
+    check_unrated(path, unrated.counts.numpy(), user_ids, nb_negatives if distinct else 1)
     candidates = unrated if distinct else UnseenItems(train_users, train_items, nb_users, nb_items)
     negatives = np.empty((nb_users, nb_negatives), dtype=id_dtype(nb_items))
 
@@ -246,16 +247,18 @@ def keep(blocks: Iterable[np.ndarray], into: np.ndarray) -> Iterator[np.ndarray]
         yield block
 
 
-def check_unrated(unrated: np.ndarray, user_ids: np.ndarray, needed: int) -> None:
+def check_unrated(path: Path, unrated: np.ndarray, user_ids: np.ndarray, needed: int) -> None:
     """Raise an ``InputError`` that names a user with fewer than ``needed`` unrated items."""
     short = np.flatnonzero(unrated < needed)
     if not short.size:
         return
     user, count = user_ids[short[0]], unrated[short[0]]
     if not count:
-        raise InputError(f"user {user} has rated every item: there is nothing to rank the test item against")
+        raise InputError(
+            f"{path}: user {user} has rated every item: nothing is left to rank the test item against"
+        )
     raise InputError(
-        f"--distinct-negatives: user {user} has {count} unrated items, -n/--negatives asks for {needed}"
+        f"--distinct-negatives: {path}: user {user} has {count} unrated items, -n/--negatives asks for {needed}"
     )
 
 
@@ -278,8 +281,8 @@ def parse_args() -> Namespace:
         help="draw negatives without replacement and without the test item; the published figures have both",
     )
     args = parser.parse_args()
-    if args.negatives < 1:
-        parser.error(f"-n/--negatives must be at least 1, not {args.negatives}")
+    if not 1 <= args.negatives <= MAX_NEGATIVES:
+        parser.error(f"-n/--negatives must be from 1 to {MAX_NEGATIVES}, not {args.negatives}")
     if not 0 <= args.seed < 1 << 32:
         parser.error(f"-s/--seed must be in 0 .. 2^32 - 1, not {args.seed}")
     return args

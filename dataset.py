@@ -27,6 +27,7 @@ from distiller.tables import read_columns
 PICKLE = "split.pickle"
 TRAIN, TEST, NEGATIVE = "train-ratings.csv", "test-ratings.csv", "test-negative.csv"
 CSV_FILES = (TRAIN, TEST, NEGATIVE)
+MAX_ITEMS = 1 << 28  # a model of more would not fit any memory
 FORMAT, VERSION = "neumf-split", 1
 
 log = logging.getLogger("ncf")
@@ -150,6 +151,10 @@ def read_csv(train_path: Path, test_path: Path, negative_path: Path) -> Split:
     for column, name in enumerate(columns):
         matrix[:, column] = negatives[name].to_numpy()
     nb_items = int(max(train_items.max(), test_items.max(), matrix.max())) + 1
+    if nb_items > MAX_ITEMS:
+        raise InputError(
+            f"{train_path.parent}: item {nb_items - 1}: items are numbered from 0 to their count"
+        )
     split = Split(
         nb_users=nb_users,
         nb_items=nb_items,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distiller.calibration import histogram_range
 from distiller.cli import InputError
 from distiller.files import atomic_write
 
@@ -101,6 +102,11 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def holds_run(directory: Path) -> bool:
+    """Whether training has left something in a directory."""
+    return any((directory / name).exists() for name in (CHECKPOINT, BEST, CONFIG, RESULTS))
+
+
 def clear_run(directory: Path) -> None:
     """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
     for pattern in (CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"):
@@ -130,6 +136,12 @@ class Recorder:
         self.pictures = pictures
         self.writer = SummaryWriter(str(directory))
 
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writer.close()
+
     def scalars(self, step: int, **values: float) -> None:
         """Record values against the number of training steps done."""
         for name, value in values.items():
@@ -153,7 +165,7 @@ class Recorder:
         for name, parameter in model.named_parameters():
             values = parameter.detach().float().cpu()
             self.writer.add_histogram(f"weights/{name}", values, epoch)
-            low, high = (bound.item() for bound in values.aminmax())
+            low, high = histogram_range(*(bound.item() for bound in values.aminmax()))
             counts = torch.histc(values, WEIGHT_BINS, low, high)
             edges = torch.linspace(low, high, WEIGHT_BINS + 1)
             self._picture(name, f"{name}, after epoch {epoch}", counts, edges)

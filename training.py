@@ -111,17 +111,23 @@ class Trainer:
             start = time.perf_counter()
             average_loss = self._train_epoch(steps_left)
             train_time_s = time.perf_counter() - start
-            steps = self.progress.step - first_step
-            steps_left -= steps
+            done = self.progress.step
+            steps_left -= done - first_step
 
             start = time.perf_counter()
             metrics = evaluate(self.model, self.split, self.k, device=self.device)
             val_time_s = time.perf_counter() - start
-            self._report(epoch, metrics, average_loss, steps, train_time_s, val_time_s)
-            if self.progress.step == len(self.batches):
+            if done == len(self.batches):
                 self.schedule.epoch_end(epoch, metrics.hr)
                 self.progress.epoch, self.progress.step = epoch + 1, 0
             self._save(epoch, metrics)
+            samples_per_s = (done - first_step) * self.batches.batch_size / train_time_s
+            times = {"train_time_s": train_time_s, "val_time_s": val_time_s}
+            self._record({"epoch": epoch, "steps": done}, metrics, average_loss, samples_per_s, times)
+            log.info(
+                "Epoch %d: %s, AvgTrainLoss = %.4f, train_time = %.2f, val_time = %.2f",
+                *(epoch, metrics, average_loss, train_time_s, val_time_s),
+            )
             if stop.threshold is not None and metrics.hr >= stop.threshold:
                 log.info("HR@%d reached the threshold of %g", self.k, stop.threshold)
                 return
@@ -172,19 +178,18 @@ class Trainer:
     def _global_step(self) -> int:
         return self.progress.epoch * len(self.batches) + self.progress.step
 
-    def _report(
-        self, epoch: int, metrics: Metrics, loss: float, steps: int, train_time_s: float, val_time_s: float
+    def _record(
+        self,
+        when: dict[str, int],
+        metrics: Metrics,
+        loss: float,
+        samples_per_s: float,
+        times: dict[str, float],
     ) -> None:
-        log.info(
-            "Epoch %d: %s, AvgTrainLoss = %.4f, train_time = %.2f, val_time = %.2f",
-            *(epoch, metrics, loss, train_time_s, val_time_s),
-        )
         results = {f"hr@{self.k}": metrics.hr, f"ndcg@{self.k}": metrics.ndcg, "avg_train_loss": loss}
-        rate = steps * self.batches.batch_size / train_time_s
-        self.recorder.scalars(self._global_step(), **results, samples_per_s=rate)
-        times = {"train_time_s": train_time_s, "val_time_s": val_time_s}
-        self.recorder.epoch({"epoch": epoch, "steps": self.progress.step, **results, **times})
-        self.recorder.weights(self.model, epoch)
+        self.recorder.epoch(when | results | times)
+        self.recorder.scalars(self._global_step(), **results, samples_per_s=samples_per_s)
+        self.recorder.weights(self.model, when["epoch"])
 
     def _save(self, epoch: int, metrics: Metrics) -> None:
         best = metrics.hr > self.progress.best_hr
@@ -204,22 +209,17 @@ class Trainer:
             "config": dict(self.config),
             "data_digest": self.split.digest,
         }
-        save_checkpoint(self.recorder.directory / CHECKPOINT, content)
+        # The best one first: after a kill between the two, the epoch is done again.
         if best:
             save_checkpoint(self.recorder.directory / BEST, content)
+        save_checkpoint(self.recorder.directory / CHECKPOINT, content)
 
 
 @torch.inference_mode()
 def score_training_pairs(model: nn.Module, batches: TrainingBatches, share: float) -> None:
-    """Score a share of an epoch's whole batches, for whoever watches the model at it.
-
-    Raises:
-        InputError: an epoch is less than one batch.
-    """
-    whole = batches.nb_samples // batches.batch_size
-    if not whole:
-        raise InputError(f"--calibrate-on train: fewer training pairs than one batch of {batches.batch_size}")
+    """Score a share of an epoch's whole batches, at least one, for whoever watches the model at it."""
     samples = batches.epoch(0)
+    whole = batches.nb_samples // batches.batch_size
     for _ in trange(max(1, round(share * whole)), desc="Score training pairs", unit="batch"):
         users, items, _ = next(samples)
         model(users, items, sigmoid=True)

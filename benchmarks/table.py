@@ -24,16 +24,17 @@ from statistics import mean, stdev
 import torch
 
 from dataset import Split, load_split
+from distiller.checkpoint import load_checkpoint
 from distiller.cli import ArgumentParser, InputError, run
-from recording import BEST, CHECKPOINT, CONFIG, RESULTS
+from recording import BEST, CHECKPOINT, CONFIG
 
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = re.compile(r"Initial HR@10 = ([\d.]+), NDCG@10 = ([\d.]+), val_time = ([\d.]+)")
+METRICS = re.compile(r"Initial HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")
 MODES = {"asym_u": "Asymmetric", "sym": "Symmetric"}
-HEADER = ("Precision", "Mode", "Per-Channel", "Split Final Layer", "HR@10", "NDCG@10", "Evaluation (s)")
+HEADER = ("Precision", "Mode", "Per-Channel", "Split Final Layer", "HR@10", "NDCG@10")
 
 Row = tuple[str, ...]
-Figures = tuple[float, float, float]  # HR@10 and NDCG@10 in percent, evaluation in seconds
+Figures = tuple[float, float]  # HR@10 and NDCG@10 in percent
 
 
 def execute(*command: object) -> str:
@@ -100,15 +101,14 @@ def finish_training(split: Path, trained: Path, seed: int, args: argparse.Namesp
             raise InputError(
                 f"--out: {trained} has {key} {config.get(key)}, not {value}: --overwrite trains anew"
             )
-    last_epoch = (trained / RESULTS).read_text().splitlines()[-1].split(",")[0]
-    if int(last_epoch) + 1 < args.epochs:
+    if load_checkpoint(trained / CHECKPOINT)["progress"]["epoch"] < args.epochs:
         execute("ncf.py", split, "--resume", "-o", trained)
 
 
 def figures_in(output: str) -> Figures:
     """The figures in what an evaluation printed."""
-    hr, ndcg, seconds = map(float, METRICS.search(output).groups())
-    return 100 * hr, 100 * ndcg, seconds
+    hr, ndcg = METRICS.search(output).groups()
+    return 100 * float(hr), 100 * float(ndcg)
 
 
 def markdown(figures: list[dict[Row, Figures]]) -> str:
@@ -120,8 +120,8 @@ def markdown(figures: list[dict[Row, Figures]]) -> str:
 
     lines = [HEADER, ["---"] * len(HEADER)]
     for row in figures[0]:
-        hr, ndcg, seconds = zip(*(of_seed[row] for of_seed in figures), strict=True)
-        lines.append((*row, cell(hr), cell(ndcg), f"{mean(seconds):.1f}"))
+        hr, ndcg = zip(*(of_seed[row] for of_seed in figures), strict=True)
+        lines.append((*row, cell(hr), cell(ndcg)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .graph import leaf_modules
 from .quantization.statistics import Statistics, save_statistics
 
 STATS_FILE = "acts_quantization_stats.yaml"
@@ -129,7 +130,7 @@ def collect_quant_stats(
             "inputs": {i: tensor.summary() for i, tensor in sorted(records[name].inputs.items())},
             "output": records[name].output.summary(),
         }
-        for name, _ in model.named_modules()
+        for name in leaf_modules(model)
         if name in records
     }
     if save_dir is not None:
@@ -155,7 +156,7 @@ def collect_histograms(
     def visit(name: str, position: int | None, batches: Tensor, shape: str) -> None:
         if position is not None:
             return
-        low, high = statistics[name]["output"]["min"], statistics[name]["output"]["max"]
+        low, high = histogram_range(statistics[name]["output"]["min"], statistics[name]["output"]["max"])
         if name not in histograms:
             edges = torch.linspace(low, high, HISTOGRAM_BINS + 1, dtype=torch.float64)
             histograms[name] = (torch.zeros(HISTOGRAM_BINS, dtype=torch.float64), edges)
@@ -165,6 +166,11 @@ def collect_histograms(
     with _visited(model, visit, None):
         test_fn(model=model)
     return histograms
+
+
+def histogram_range(low: float, high: float) -> tuple[float, float]:
+    """Bounds of a histogram over [low, high], apart where these are not."""
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
 Visit = Callable[[str, int | None, Tensor, str], None]
@@ -185,11 +191,7 @@ def _visited(model: nn.Module, visit: Visit, rows_per_batch: int | None) -> Iter
         return hook
 
     model.eval()
-    handles = [
-        module.register_forward_hook(tensors(name))
-        for name, module in model.named_modules()
-        if not any(module.children())
-    ]
+    handles = [module.register_forward_hook(tensors(name)) for name, module in leaf_modules(model).items()]
     try:
         with torch.no_grad():
             yield

@@ -67,14 +67,17 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             raise
         raise InputError(f"{path}: {_reason(error)}") from error
     state_dict = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state_dict, Mapping) or not all(map(torch.is_tensor, state_dict.values())):
+    tensors = isinstance(state_dict, Mapping) and all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in state_dict.items()
+    )
+    if not tensors:
         raise InputError(f"{path}: not a checkpoint: it holds no state_dict of tensors")
     return content
 
 
 def _reason(error: Exception) -> str:
-    refused = re.search(r"(?:GLOBAL|Unsupported class|Unsupported operand) (\S+)", str(error))
+    refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and refused:
         return f"refused: it holds {refused[1]}, which is neither a tensor nor a plain value"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"not a checkpoint, or cut short: {lines[0]}"
+    return f"not a checkpoint, or cut short: {lines[0].split('. ')[0]}"

@@ -8,6 +8,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .cli import InputError
 
 
 @contextmanager
@@ -40,6 +45,22 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def read_yaml(path: str | os.PathLike, flag: str) -> Any:
+    """A YAML file's content, plain values only.
+
+    Raises:
+        InputError: not YAML; the message begins with ``flag``, which named the file.
+        OSError: it cannot be read; the message names ``flag`` too.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, f"{flag}: {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{flag}: {path}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def file_digest(*paths: str | os.PathLike) -> str:

@@ -26,9 +26,19 @@ class ModuleCall:
     calls: int = 0
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module has no modules in it."""
+    return not any(module.children())
+
+
+def leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules without children by name, in the order of ``named_modules``."""
+    return {name: module for name, module in model.named_modules() if is_leaf(module)}
+
+
 class _LeafTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(m.children())
+        return is_leaf(m)
 
 
 def module_graph(model: nn.Module, dummy_input: Any) -> dict[str, ModuleCall]:

@@ -20,16 +20,17 @@ policies:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.optim import lr_scheduler
 
 from .cli import InputError
+from .files import read_yaml
 from .quantization.train_aware import NCFQuantAwareTrainQuantizer, is_quantization_aware
 
 KINDS = {"quantizer": "quantizers", "lr_scheduler": "lr_schedulers"}
@@ -43,7 +44,7 @@ class Policy:
     Attributes:
         kind: A key of ``KINDS``.
         instance: Its name.
-        epochs: 0 is the first.
+        epochs: 0 is the first. A quantizer acts from the least of them on.
     """
 
     kind: str
@@ -83,7 +84,18 @@ class CompressionSchedule:
                 and epoch >= min(policy.epochs)
                 and not is_quantization_aware(model)
             ):
-                prepare_quantization_aware(model, self.quantizer)
+                self._prepare(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise an ``InputError`` unless a model like this one can be prepared; this one is (give a copy)."""
+        if self.quantizer is not None:
+            self._prepare(model)
+
+    def _prepare(self, model: nn.Module) -> None:
+        try:
+            prepare_quantization_aware(model, self.quantizer)
+        except InputError as error:
+            raise InputError(f"--compress: quantizers: {error}") from error
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the learning-rate schedulers act on an optimizer.
@@ -93,12 +105,10 @@ class CompressionSchedule:
         """
         for name, arguments in self._arguments.items():
             kind = getattr(lr_scheduler, arguments["class"])
-            try:
+            with _arguments_of(name):
                 self._schedulers[name] = kind(
                     optimizer, **{key: value for key, value in arguments.items() if key != "class"}
                 )
-            except (TypeError, ValueError) as error:
-                raise InputError(f"--compress: lr_schedulers: {name}: {error}") from error
 
     def epoch_end(self, epoch: int, metric: float) -> None:
         """Step the schedulers whose policies have the epoch.
@@ -106,12 +116,16 @@ class CompressionSchedule:
         Args:
             epoch: The one that ended.
             metric: What ``ReduceLROnPlateau`` looks at: higher is better, so give it ``mode: max``.
+
+        Raises:
+            InputError: a scheduler fails on its arguments, which some notice only here.
         """
         for policy in self._policies:
             if policy.kind == "lr_scheduler" and epoch in policy.epochs:
                 scheduler = self._schedulers[policy.instance]
                 plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-                scheduler.step(metric) if plateau else scheduler.step()
+                with _arguments_of(policy.instance):
+                    scheduler.step(metric) if plateau else scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The learning-rate schedulers' states, by name."""
@@ -123,6 +137,15 @@ class CompressionSchedule:
             self._schedulers[name].load_state_dict(state[name])
 
 
+@contextmanager
+def _arguments_of(name: str) -> Iterator[None]:
+    """Turn what a scheduler makes of arguments that it cannot use into an error that names it."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise InputError(" ".join(f"--compress: lr_schedulers: {name}: {error}".split())) from error
+
+
 def prepare_quantization_aware(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Prepare a model for quantization-aware training, or for evaluating a checkpoint of it.
 
@@ -132,7 +155,7 @@ def prepare_quantization_aware(model: nn.Module, arguments: Mapping[str, Any]) -
     try:
         NCFQuantAwareTrainQuantizer(model, **arguments).prepare_model()
     except TypeError as error:
-        raise InputError(f"--compress: quantizers: {error}") from error
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def _policy(entry: object, instances: Mapping[str, Mapping], require: Callable[[bool, str], None]) -> Policy:
@@ -141,8 +164,12 @@ def _policy(entry: object, instances: Mapping[str, Mapping], require: Callable[[
     require(len(kinds) == 1, f"policies: {entry}: not a map with one of {', '.join(KINDS)}")
     reference, when = entry[kinds[0]], {key: value for key, value in entry.items() if key != kinds[0]}
     name = reference.get("instance_name") if isinstance(reference, dict) else None
-    require(name in instances[KINDS[kinds[0]]], f"policies: {name} is none of the file's {KINDS[kinds[0]]}")
-    numbers = [n for value in when.values() for n in (value if isinstance(value, list) else [value])]
+    require(
+        isinstance(name, str) and name in instances[KINDS[kinds[0]]],
+        f"policies: {name} is none of the file's {KINDS[kinds[0]]}",
+    )
+    listed = when.get("epochs") if isinstance(when.get("epochs"), list) else []
+    numbers = [*listed, *(value for key, value in when.items() if key != "epochs")]
     whole = all(type(number) is int and number >= 0 for number in numbers)
     require(
         when.keys() <= WHEN and whole, f"policies: {name}: takes {', '.join(sorted(WHEN))}, whole numbers"
@@ -171,13 +198,9 @@ def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
 
     def require(condition: bool, message: str) -> None:
         if not condition:
-            raise InputError(f"--compress: {path}: {message}")
+            raise InputError(" ".join(f"--compress: {path}: {message}".split()))
 
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise InputError(f"--compress: {path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "--compress")
     require(isinstance(content, dict) and content.keys() <= {*KINDS.values(), "policies"}, "not a schedule")
     instances: dict[str, dict] = {}
     for section in KINDS.values():
@@ -193,7 +216,8 @@ def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
         require(arguments["class"] == expected, f"quantizers: {name}: its class is not {expected}")
     for name, arguments in instances["lr_schedulers"].items():
         kind = getattr(lr_scheduler, str(arguments["class"]), None)
-        known = isinstance(kind, type) and issubclass(kind, lr_scheduler.LRScheduler)
+        base = lr_scheduler.LRScheduler
+        known = isinstance(kind, type) and issubclass(kind, base) and kind is not base
         require(known, f"lr_schedulers: {name}: PyTorch has no {arguments['class']}")
     entries = content.get("policies") or []
     require(isinstance(entries, list), "policies: not a list")

@@ -204,11 +204,11 @@ def test_metrics_do_not_depend_on_blocks(trained, block):
 def test_default_blocks_hold_no_more_pairs_than_the_limit(trained, monkeypatch):
     """So that activations stay small at any number of users; a user's candidates are never torn."""
     split, _ = trained
-    monkeypatch.setattr(evaluation, "PAIRS_PER_BLOCK", 3 * split.nb_candidates + 5)
+    monkeypatch.setitem(evaluation.PAIRS_PER_BLOCK, "cpu", 3 * split.nb_candidates + 5)
     model = Table(torch.rand(split.nb_users, split.nb_items))
     evaluate(model, split)
     assert set(model.asked) == {3 * split.nb_candidates}
-    monkeypatch.setattr(evaluation, "PAIRS_PER_BLOCK", 1)
+    monkeypatch.setitem(evaluation.PAIRS_PER_BLOCK, "cpu", 1)
     model.asked.clear()
     evaluate(model, split)
     assert set(model.asked) == {split.nb_candidates}

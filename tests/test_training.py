@@ -170,7 +170,7 @@ def test_training_stops_at_the_threshold(train):
     train(*TRAIN, "-e", 5, "-t", repr(threshold), "-o", "stopped")
     first = next(i for i, hit_rate in enumerate(hit_rates) if hit_rate >= threshold)
     assert [float(row["hr@10"]) for row in rows("stopped")] == hit_rates[: first + 1]
-    train(*TRAIN, "-e", 2, "-t", 1.5, "-o", "never")
+    train(*TRAIN, "-e", 2, "-t", 1, "-o", "never")
     assert len(rows("never")) == 2
 
 

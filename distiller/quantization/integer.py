@@ -45,7 +45,7 @@ class IntegerLinear(QuantizedLinear):
         self.register_buffer("weight_sum", weight.sum(1, dtype=torch.int32), persistent=False)
         self.register_buffer("weight_offset", self.w_zero_point.int() + shift, persistent=False)
 
-    def product(self, x: Operand, dtype: torch.dtype) -> Tensor:
+    def product(self, x: Operand) -> Tensor:
         _require_8_bits(x.params.q_min, x.params.q_max)
         shift = _shift(x.params.q_min)
         rows = (x.q - shift).to(torch.int8)
@@ -54,7 +54,7 @@ class IntegerLinear(QuantizedLinear):
         total = torch._int_mm(padded, self.int8_weight.t())[: len(rows), : self.columns]
         row_sum = rows.sum(1, dtype=torch.int32, keepdim=True)
         total = total + self.weight_offset * (row_sum + self.depth * offset) + offset * self.weight_sum
-        return total.to(dtype)
+        return total.to(self.exact_dtype)
 
 
 def _require_8_bits(q_min: int, q_max: int) -> None:

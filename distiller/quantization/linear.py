@@ -65,8 +65,7 @@ def params_of_range(low: Tensor, high: Tensor, bits: int, mode: LinearQuantMode)
         mode: A zero-width range gives scale 1 in any mode.
 
     Raises:
-        ValueError: an asymmetric range is upside down, a range is too narrow for float32, or the mode has no level
-            but 0 at these bits.
+        ValueError: an asymmetric range is upside down, or the mode has no level but 0 at these bits.
     """
     low, high = low.float(), high.float()
     q_min, q_max = integer_range(bits, mode)
@@ -87,18 +86,16 @@ def params_of_range(low: Tensor, high: Tensor, bits: int, mode: LinearQuantMode)
 
 
 def scale_of_width(width: Tensor, levels: float) -> Tensor:
-    """``levels`` quanta for ``width``, or scale 1 where that is 0.
+    """``levels`` quanta for ``width``; scale 1 where that is 0, or so small that float32 cannot hold the scale.
 
     Raises:
-        ValueError: a negative width, or one so small that float32 cannot hold the scale.
+        ValueError: a negative width.
     """
     if (width < 0).any():
         raise ValueError(f"negative width: {width.min()}")
+    none = width <= levels / torch.finfo(torch.float32).max
     # Rounded twice, as PyTorch divides a number by a tensor. A single division differs in the last bit.
-    scale = torch.where(width == 0, levels, width).reciprocal() * levels
-    if not torch.isfinite(scale).all():
-        raise ValueError(f"range too narrow for float32: {width.min()}")
-    return scale
+    return torch.where(none, levels, width).reciprocal() * levels
 
 
 def quantize(x: Tensor, params: QuantParams) -> Tensor:

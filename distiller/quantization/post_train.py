@@ -16,8 +16,8 @@ import yaml
 from torch import nn
 
 from ..cli import InputError
-from ..files import atomic_write
-from ..graph import ModuleCall, module_graph
+from ..files import atomic_write, read_yaml
+from ..graph import ModuleCall, leaf_modules, module_graph
 from ..modules import Concat, EltwiseAdd, EltwiseMult
 from .arguments import changed_flags
 from .clipping import ClipMode, required_statistics
@@ -132,7 +132,7 @@ class PostTrainLinearQuantizer:
         """
         if args.qe_config_file:
             return cls.from_config(model, args.qe_config_file, args)
-        names = leaf_names(model)
+        names = leaf_modules(model)
         overrides = {}
         for flag, layers, changes in (
             (
@@ -202,12 +202,14 @@ class PostTrainLinearQuantizer:
             ValueError: the forward cannot be traced, or calls a module more than once.
         """
         self.model.eval()
+        device = next(self.model.parameters()).device
+        self.model.cpu()  # where statistics are; and parameters then are the same wherever the model runs
         self.graph = module_graph(self.model, dummy_input)
         self.modules = {name: self.model.get_submodule(name) for name in self.graph}
         repeated = [name for name, call in self.graph.items() if call.calls > 1]
         if repeated:
             raise ValueError(f"{repeated[0]} is called more than once; each call needs a module of its own")
-        requests = requests_by_layer(self.default, self.overrides, leaf_names(self.model))
+        requests = requests_by_layer(self.default, self.overrides, leaf_modules(self.model))
         self.activations = {name: requests[name].activations(name) for name in self.graph}
         self.weights = {name: requests[name].weights(name) for name in self.graph}
         self.fused = self._fuse_and_clip()
@@ -216,6 +218,7 @@ class PostTrainLinearQuantizer:
             replacement = self._quantized(name, call, carried)
             if replacement is not None:
                 self._replace(name, replacement)
+        self.model.to(device)
 
     @property
     def dynamic(self) -> bool:
@@ -265,7 +268,7 @@ class PostTrainLinearQuantizer:
             log.warning("dynamic quantization leaves %s (%s) in float", name, type(module).__name__)
             return None
         quantized = self._quantized_activations(name, module, activations, weights, carried)
-        carried[name] = None if self.statistics is None else quantized.output_params(torch.empty(0))
+        carried[name] = quantized.fixed_output
         return quantized
 
     def _quantized_activations(
@@ -283,7 +286,10 @@ class PostTrainLinearQuantizer:
             output = self._params(name, None, activations, fused)
         common = (activations, inputs, output, fused)
         if _is_linear(module) and weights:
-            quantized = self.linear_type(module, weights, *common)
+            try:
+                quantized = self.linear_type(module, weights, *common)
+            except InputError as error:
+                raise InputError(f"{error}, in layer {name}") from error
             if self.save_fp_weights:
                 quantized.register_buffer("float_weight", module.weight.detach())
                 quantized.register_buffer("float_bias", None if module.bias is None else module.bias.detach())
@@ -331,6 +337,7 @@ class PostTrainLinearQuantizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Leave in a directory what ``prepare_model`` made: ranges as used, and every layer's parameters."""
+        (Path(directory) / STATS_FILE).unlink(missing_ok=True)  # of an evaluation before, with other settings
         if self.statistics is not None:
             save_statistics(self.statistics, Path(directory) / STATS_FILE)
         with atomic_write(Path(directory) / PARAMS_FILE) as temporary:
@@ -368,22 +375,13 @@ class PostTrainLinearQuantizer:
         return entry | scalars
 
 
-def leaf_names(model: nn.Module) -> list[str]:
-    """Names of the modules without children, in the order of ``named_modules``."""
-    return [name for name, module in model.named_modules() if not any(module.children())]
-
-
 def read_config(path: str | os.PathLike, expected_class: str) -> dict[str, Any]:
     """The constructor arguments in a ``--qe-config-file``.
 
     Raises:
         InputError: not YAML, or not a ``quantizers`` map of one entry of the class.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise InputError(f"--qe-config-file: {path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "--qe-config-file")
     quantizers = content.get("quantizers") if isinstance(content, dict) else None
     if not isinstance(quantizers, dict) or len(quantizers) != 1:
         raise InputError(f"--qe-config-file: {path}: not a map 'quantizers' of one entry")

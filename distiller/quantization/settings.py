@@ -95,7 +95,8 @@ def _check_levels(mode: LinearQuantMode, bits: int, layer: str) -> None:
 
 
 def _check_clip(clip: ClipMode, n_stds: float | None, bits: int, layer: str) -> None:
-    if clip is ClipMode.N_STD and not (isinstance(n_stds, int | float) and n_stds > 0):
+    number = isinstance(n_stds, int | float) and not isinstance(n_stds, bool)
+    if clip is ClipMode.N_STD and not (number and n_stds > 0):
         raise InputError(
             f"--qe-clip-acts n_std for layer {layer} needs --qe-clip-n-stds above 0, not {n_stds!r}"
         )

@@ -18,7 +18,7 @@ import yaml
 from torch import nn
 
 from ..cli import InputError
-from ..files import atomic_write
+from ..files import atomic_write, read_yaml
 from ..graph import ModuleCall
 
 Statistics = dict[str, dict[str, Any]]
@@ -40,11 +40,7 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
         InputError: not YAML, or not of this form; the message names file and layer.
         OSError: it cannot be read.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise InputError(f"{FLAG}: {path}: not YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, FLAG)
     check_statistics(content, path)
     return content
 
@@ -75,7 +71,12 @@ def _problem(entry: object) -> str | None:
 
 
 def save_statistics(statistics: Statistics, path: str | os.PathLike, comment: str = "") -> None:
-    """Write a statistics file in block style, ``comment``'s lines at its top."""
+    """Write a statistics file in block style, ``comment``'s lines at its top.
+
+    Raises:
+        InputError: it could not be read back: a number is not finite.
+    """
+    check_statistics(statistics, path)
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     with atomic_write(path) as temporary:
         temporary.write_text(head + yaml.safe_dump(statistics, sort_keys=False, default_flow_style=False))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..cli import InputError
+from ..graph import leaf_modules
 from ..modules import Concat, EltwiseMult
 from .clipping import ClipMode
 from .linear import LinearQuantMode, QuantParams, fake_quantize, params_of_range
@@ -152,6 +153,8 @@ class NCFQuantAwareTrainQuantizer:
     ):
         if not isinstance(ema_decay, float) or not 0 < ema_decay < 1:
             raise InputError(f"ema_decay: {ema_decay!r} is not between 0 and 1")
+        if not isinstance(per_channel_wts, bool):
+            raise InputError(f"per_channel_wts: {per_channel_wts!r} is neither true nor false")
         if bits_bias is not None and (type(bits_bias) is not int or not 0 <= bits_bias <= 32):
             raise InputError(f"bits_bias: {bits_bias!r}; it takes 1 to 32 bits, or 0 for float")
         self.model = model
@@ -168,7 +171,7 @@ class NCFQuantAwareTrainQuantizer:
         Raises:
             InputError: a layer's settings are out of range.
         """
-        leaves = {name: module for name, module in self.model.named_modules() if not any(module.children())}
+        leaves = leaf_modules(self.model)
         for name, request in requests_by_layer(self.default, self.overrides, leaves).items():
             replacement = self._rounded(name, leaves[name], request)
             if replacement is not None:

@@ -121,6 +121,11 @@ class QuantizedModule(nn.Module, ABC):
             return carried(x) or self.settings.params_of_tensor(x)
         return self._registered(f"input_{position}")
 
+    @property
+    def fixed_output(self) -> QuantParams | None:
+        """The parameters that every output carries; None where they are found on every forward."""
+        return None if self.dynamic else self._registered("output")
+
     def output_params(self, x: Tensor, scale: Tensor | float = 1.0) -> QuantParams:
         """The parameters to quantize the output with, which in floats is ``x / scale``."""
         if self.dynamic:
@@ -310,14 +315,14 @@ class QuantizedLinear(AccumulatingModule):
 
     def _prepare_product(self, operand: Tensor) -> None:
         """Get ready to multiply by the (M, K) whole numbers q_w + zp_w."""
-        self.largest_row = operand.double().abs().sum(1).max().item()
-        static = None if self.dynamic else self._exact_dtype(self._registered("input_0"))
-        self.register_buffer("operand", operand.to(static or torch.float32), persistent=False)
+        self.exact_dtype = torch.float64 if self.dynamic else self._exact_dtype(operand)
+        self.register_buffer("operand", operand.to(self.exact_dtype), persistent=False)
 
-    def _exact_dtype(self, x: QuantParams) -> torch.dtype:
-        """What holds every partial sum of a product with ``x``, and the bias, without error."""
-        largest_bias = 0 if self.bias is None or self.dynamic else self.bias.abs().max().item()
-        largest = self.largest_row * (x.q_max - x.q_min + 1) + largest_bias
+    def _exact_dtype(self, operand: Tensor) -> torch.dtype:
+        """What holds every partial sum of a product, and the bias, without error."""
+        x = self._registered("input_0")
+        largest_bias = 0 if self.bias is None else self.bias.abs().max().item()
+        largest = operand.double().abs().sum(1).max().item() * (x.q_max - x.q_min + 1) + largest_bias
         return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
 
     def _accumulator_scale(self, input_scale: Tensor) -> Tensor:
@@ -333,15 +338,15 @@ class QuantizedLinear(AccumulatingModule):
     def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
         (x,) = operands
         scale = self._accumulator_scale(x.scale)
-        total = self.product(x, self._exact_dtype(x.params))
+        total = self.product(x)
         bias = self._bias_in(scale)
         if bias is not None:
             total = total + bias
         return saturate(total, self.accumulator_bits).float(), scale
 
-    def product(self, x: Operand, dtype: torch.dtype) -> Tensor:
-        """(N, M) products of (N, K) integers with the weights' integers, exact in ``dtype``."""
-        return F.linear(x.integers.to(dtype), self.operand.to(dtype))
+    def product(self, x: Operand) -> Tensor:
+        """(N, M) products of (N, K) integers with the weights' integers, in ``exact_dtype``."""
+        return F.linear(x.integers.to(self.exact_dtype), self.operand)
 
 
 class QuantizedEmbedding(nn.Module):

@@ -1,0 +1,247 @@
+"""The flags of ncf.py: what they are, what they are in a resumed run, and what does not go together."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import neumf
+import recording
+from distiller.cli import ArgumentParser, InputError
+from distiller.quantization import add_post_train_quant_args
+from distiller.quantization.arguments import portion
+
+PROG = "ncf.py"
+# Far beyond any use, and short of what takes all memory before anything can be said of it.
+MAX_SIZE, MAX_WIDTH, MAX_NEGATIVE_SAMPLES = 1 << 31, 1 << 16, 1000
+# What a resumed run does not take over from the settings it began with.
+OF_EACH_START = {"data", "out_dir", "resume", "overwrite", "load", "reset_optimizer", "max_steps"}
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=PROG,
+        description="Train NeuMF on a MovieLens split, calibrate it, quantize it after training, evaluate it.",
+    )
+    add = parser.add_argument
+    add("data", type=Path, help="directory of the split, written by convert.py")
+    add("-e", "--epochs", type=int, default=20, metavar="N", help="epochs to train (default: %(default)s)")
+    add(
+        "-b", "--batch-size", type=int, default=256, metavar="N", help="samples a step (default: %(default)s)"
+    )
+    add(
+        "-f",
+        "--factors",
+        type=int,
+        default=8,
+        metavar="N",
+        help="factors of the matrix factorization (default: a checkpoint's own, else %(default)s)",
+    )
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        default=[64, 32, 16, 8],
+        metavar="N",
+        help="MLP layer sizes, that of [user, item] first (default: a checkpoint's own, else 64 32 16 8)",
+    )
+    add(
+        "-n",
+        "--negative-samples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="negatives drawn for each training positive (default: %(default)s)",
+    )
+    add(
+        "-l",
+        "--learning-rate",
+        type=float,
+        default=0.001,
+        metavar="RATE",
+        help="of Adam (default: that of a checkpoint's optimizer, else %(default)s)",
+    )
+    add("-k", "--topk", type=int, default=10, metavar="K", help="of HR@K and NDCG@K (default: %(default)s)")
+    add("--no-cuda", action="store_true", help="use the CPU even where there is a GPU")
+    add("--gpus", type=int, metavar="ID", help="number of the GPU to use (default: 0, where there is one)")
+    add("-s", "--seed", type=int, help="of initial weights and of samples (default: drawn, and recorded)")
+    add("-t", "--threshold", type=float, metavar="HR", help="stop training once HR@K reaches this")
+    add(
+        "-p",
+        "--processes",
+        type=int,
+        metavar="N",
+        help="processor threads, at most one per processor (default: PyTorch's choice). "
+        "Scoring is vectorised over users: there are no processes to share it",
+    )
+    add(
+        "-w",
+        "--workers",
+        type=int,
+        metavar="N",
+        help="accepted, for old command lines. Batches are drawn as whole tensors: there are no loader workers",
+    )
+    add("--load", metavar="FILE", help="checkpoint to evaluate, to calibrate, or to go on training from")
+    add("--reset-optimizer", action="store_true", help="with --load: a fresh optimizer, and epochs from 0")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the run in -o, with its settings where none are given",
+    )
+    add("--overwrite", action="store_true", help="train in -o although it holds a run; that run is lost")
+    add("--max-steps", type=int, metavar="N", help="stop training after N steps, evaluate and save")
+    add("--eval", "--evaluate", dest="evaluate", action="store_true", help="evaluate; no training")
+    add("--compress", metavar="FILE", help="YAML of quantization-aware training and learning-rate schedules")
+    add("--eval-fp16", action="store_true", help="evaluate in half precision; no training")
+    add(
+        "-o",
+        "--out-dir",
+        metavar="DIR",
+        help=f"the run's directory (default: a fresh one in {recording.RUNS})",
+    )
+    add("--name", help="stands before the date in the name of a fresh directory")
+    add(
+        "--log-freq",
+        "--lf",
+        type=int,
+        default=100,
+        metavar="N",
+        help="steps between updates of progress bar and TensorBoard (default: %(default)s)",
+    )
+    add(
+        "--param-hist",
+        action="store_true",
+        help="every epoch, histograms of weights: TensorBoard and pictures",
+    )
+    add(
+        "--activation-histograms",
+        "--act-hist",
+        type=portion,
+        metavar="PORTION",
+        help="histograms of activations on this share of the data: TensorBoard and pictures; no training",
+    )
+    add("--split-final", "--sf", action="store_true", help="a final layer per branch, and their sum")
+    add("--qe-stats-out", metavar="PATH", help="where else --qe-calibration writes its statistics")
+    add(
+        "--calibrate-on",
+        choices=["test", "train"],
+        default="test",
+        help="calibrate on the first test users' candidates, or on training pairs, so that nothing of the test set "
+        "is used (default: %(default)s)",
+    )
+    add_post_train_quant_args(parser)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The flags, and as ``given`` the names of those on the command line; on ``--resume`` the others are the run's."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    absent = object()
+    marked = parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), absent)))
+    args.given = {name for name, value in vars(marked).items() if value is not absent}
+    if args.resume:
+        for name, value in read_config(args).items():
+            if name in vars(args) and name not in args.given | OF_EACH_START:
+                setattr(args, name, value)
+    check_args(args)
+    if args.seed is None:
+        args.seed = secrets.randbelow(1 << 32)
+    return args
+
+
+def read_config(args: Namespace) -> dict[str, Any]:
+    """The settings of the run to go on with."""
+    if args.out_dir is None:
+        raise InputError("--resume needs -o/--out-dir: the run to go on with")
+    directory = Path(args.out_dir)
+    if not all((directory / name).is_file() for name in (recording.CHECKPOINT, recording.CONFIG)):
+        raise InputError(f"--resume: {directory} holds no run to go on with")
+    try:
+        return dict(json.loads((directory / recording.CONFIG).read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--resume: {directory / recording.CONFIG}: {error}") from error
+
+
+def check_args(args: Namespace) -> None:
+    """Raise an ``InputError`` for flags out of range, or at odds with each other."""
+    for flag, value, least, greatest in (
+        ("-e/--epochs", args.epochs, 1, MAX_SIZE),
+        ("-b/--batch-size", args.batch_size, 1, MAX_SIZE),
+        ("-f/--factors", args.factors, 1, MAX_WIDTH),
+        ("--layers", max(args.layers), 1, MAX_WIDTH),
+        ("-n/--negative-samples", args.negative_samples, 1, MAX_NEGATIVE_SAMPLES),
+        ("-k/--topk", args.topk, 1, MAX_SIZE),
+        ("-p/--processes", args.processes, 1, MAX_SIZE),
+        ("--max-steps", args.max_steps, 1, MAX_SIZE),
+        ("--log-freq", args.log_freq, 1, MAX_SIZE),
+        ("-s/--seed", args.seed, 0, (1 << 63) - 1),
+    ):
+        if value is not None and not least <= value <= greatest:
+            raise InputError(f"{flag} must be from {least} to {greatest}, not {value}")
+    if not 0 < args.learning_rate < math.inf:
+        raise InputError(f"-l/--learning-rate must be above 0, not {args.learning_rate}")
+    if args.threshold is not None and not 0 < args.threshold <= 1:
+        raise InputError(f"-t/--threshold must be above 0 and at most 1, not {args.threshold}")
+    neumf.check_sizes(1, 1, args.factors, args.layers)
+    check_combination(args)
+
+
+def check_combination(args: Namespace) -> None:
+    """Raise an ``InputError`` for a flag that another one, or its absence, leaves without effect."""
+    evaluates = args.evaluate or args.quantize_eval or args.eval_fp16
+    modes = {
+        "--qe-calibration": args.qe_calibration,
+        "--activation-histograms": args.activation_histograms,
+        "--quantize-eval"
+        if args.quantize_eval
+        else "--eval-fp16"
+        if args.eval_fp16
+        else "--evaluate": evaluates,
+    }
+    asked = [flag for flag, given in modes.items() if given]
+    if len(asked) > 1:
+        raise InputError(f"{asked[0]} and {asked[1]} exclude each other")
+    if args.eval_fp16 and args.quantize_eval:
+        raise InputError("--eval-fp16 and --quantize-eval exclude each other")
+    if asked:
+        if not args.load:
+            raise InputError(f"{asked[0]} needs --load: a checkpoint")
+        for name in (
+            "resume",
+            "overwrite",
+            "reset_optimizer",
+            "max_steps",
+            "threshold",
+            "compress",
+            "param_hist",
+        ):
+            if name in args.given:
+                raise InputError(f"--{name.replace('_', '-')} is for training, which {asked[0]} does not do")
+    if args.resume and (args.load or args.overwrite):
+        raise InputError(f"--resume and {'--load' if args.load else '--overwrite'} exclude each other")
+    if args.reset_optimizer and not args.load:
+        raise InputError("--reset-optimizer needs --load: a checkpoint")
+    check_quantization(args)
+
+
+def check_quantization(args: Namespace) -> None:
+    """Raise an ``InputError`` for a quantization or calibration flag without effect."""
+    source = args.qe_stats_file or args.qe_config_file or args.qe_dynamic
+    if args.quantize_eval and not source and args.qe_bits_acts:
+        raise InputError("--quantize-eval needs --qe-stats-file, --qe-dynamic or --qe-config-file")
+    beside = {"qe_stats_out", "qe_calibration"}
+    alone = sorted(name for name in args.given - beside if name.startswith("qe_"))
+    if alone and not args.quantize_eval:
+        raise InputError(f"--{alone[0].replace('_', '-')} needs --quantize-eval")
+    if args.qe_stats_out:
+        if not args.qe_calibration:
+            raise InputError("--qe-stats-out needs --qe-calibration")
+        if not Path(args.qe_stats_out).parent.is_dir() or Path(args.qe_stats_out).is_dir():
+            raise InputError(f"--qe-stats-out: {args.qe_stats_out} is not a file in a directory")
+    if "calibrate_on" in args.given and not (args.qe_calibration or args.activation_histograms):
+        raise InputError("--calibrate-on needs --qe-calibration or --activation-histograms")
