@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from argparse import Namespace
+from argparse import Action, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from distiller.quantization import add_post_train_quant_args
 from distiller.quantization.arguments import portion
 
 PROG = "ncf.py"
+AddArgument = Callable[..., Action]
 # Far beyond any use, and short of what takes all memory before anything can be said of it.
 MAX_SIZE, MAX_WIDTH, MAX_NEGATIVE_SAMPLES = 1 << 31, 1 << 16, 1000
 # What a resumed run does not take over from the settings it began with.
@@ -23,19 +25,23 @@ OF_EACH_START = {"data", "out_dir", "resume", "overwrite", "load", "reset_optimi
 
 
 def build_parser() -> ArgumentParser:
+    """The parser of ncf.py's command line."""
     parser = ArgumentParser(
         prog=PROG,
         description="Train NeuMF on a MovieLens split, calibrate it, quantize it after training, evaluate it.",
     )
-    add = parser.add_argument
-    add("data", type=Path, help="directory of the split, written by convert.py")
-    add("-e", "--epochs", type=int, default=20, metavar="N", help="epochs to train (default: %(default)s)")
+    parser.add_argument("data", type=Path, help="directory of the split, written by convert.py")
+    add_model_flags(parser.add_argument_group("Model").add_argument)
+    add_training_flags(parser.add_argument_group("Training").add_argument)
+    add_evaluation_flags(parser.add_argument_group("Evaluation and calibration").add_argument)
+    add_run_flags(parser.add_argument_group("Run").add_argument)
+    add_post_train_quant_args(parser)
+    return parser
+
+
+def add_model_flags(add: AddArgument) -> None:
     add(
-        "-b", "--batch-size", type=int, default=256, metavar="N", help="samples a step (default: %(default)s)"
-    )
-    add(
-        "-f",
-        "--factors",
+        *("-f", "--factors"),
         type=int,
         default=8,
         metavar="N",
@@ -49,43 +55,30 @@ def build_parser() -> ArgumentParser:
         metavar="N",
         help="MLP layer sizes, that of [user, item] first (default: a checkpoint's own, else 64 32 16 8)",
     )
+    add("--split-final", "--sf", action="store_true", help="a final layer per branch, and their sum")
+    add("--load", metavar="FILE", help="checkpoint to evaluate, to calibrate, or to go on training from")
+
+
+def add_training_flags(add: AddArgument) -> None:
+    number = {"type": int, "metavar": "N"}
+    add("-e", "--epochs", **number, default=20, help="to train, from the first ever (default: %(default)s)")
+    add("-b", "--batch-size", **number, default=256, help="samples a step (default: %(default)s)")
     add(
-        "-n",
-        "--negative-samples",
-        type=int,
+        *("-n", "--negative-samples"),
+        **number,
         default=4,
-        metavar="N",
         help="negatives drawn for each training positive (default: %(default)s)",
     )
     add(
-        "-l",
-        "--learning-rate",
+        *("-l", "--learning-rate"),
         type=float,
         default=0.001,
         metavar="RATE",
         help="of Adam (default: that of a checkpoint's optimizer, else %(default)s)",
     )
-    add("-k", "--topk", type=int, default=10, metavar="K", help="of HR@K and NDCG@K (default: %(default)s)")
-    add("--no-cuda", action="store_true", help="use the CPU even where there is a GPU")
-    add("--gpus", type=int, metavar="ID", help="number of the GPU to use (default: 0, where there is one)")
     add("-s", "--seed", type=int, help="of initial weights and of samples (default: drawn, and recorded)")
     add("-t", "--threshold", type=float, metavar="HR", help="stop training once HR@K reaches this")
-    add(
-        "-p",
-        "--processes",
-        type=int,
-        metavar="N",
-        help="processor threads, at most one per processor (default: PyTorch's choice). "
-        "Scoring is vectorised over users: there are no processes to share it",
-    )
-    add(
-        "-w",
-        "--workers",
-        type=int,
-        metavar="N",
-        help="accepted, for old command lines. Batches are drawn as whole tensors: there are no loader workers",
-    )
-    add("--load", metavar="FILE", help="checkpoint to evaluate, to calibrate, or to go on training from")
+    add("--max-steps", **number, help="stop training after N steps, evaluate and save")
     add("--reset-optimizer", action="store_true", help="with --load: a fresh optimizer, and epochs from 0")
     add(
         "--resume",
@@ -93,38 +86,24 @@ def build_parser() -> ArgumentParser:
         help="go on with the run in -o, with its settings where none are given",
     )
     add("--overwrite", action="store_true", help="train in -o although it holds a run; that run is lost")
-    add("--max-steps", type=int, metavar="N", help="stop training after N steps, evaluate and save")
-    add("--eval", "--evaluate", dest="evaluate", action="store_true", help="evaluate; no training")
     add("--compress", metavar="FILE", help="YAML of quantization-aware training and learning-rate schedules")
-    add("--eval-fp16", action="store_true", help="evaluate in half precision; no training")
-    add(
-        "-o",
-        "--out-dir",
-        metavar="DIR",
-        help=f"the run's directory (default: a fresh one in {recording.RUNS})",
-    )
-    add("--name", help="stands before the date in the name of a fresh directory")
-    add(
-        "--log-freq",
-        "--lf",
-        type=int,
-        default=100,
-        metavar="N",
-        help="steps between updates of progress bar and TensorBoard (default: %(default)s)",
-    )
     add(
         "--param-hist",
         action="store_true",
         help="every epoch, histograms of weights: TensorBoard and pictures",
     )
+
+
+def add_evaluation_flags(add: AddArgument) -> None:
+    add("--eval", "--evaluate", dest="evaluate", action="store_true", help="evaluate; no training")
+    add("--eval-fp16", action="store_true", help="evaluate in half precision; no training")
+    add("-k", "--topk", type=int, default=10, metavar="K", help="of HR@K and NDCG@K (default: %(default)s)")
     add(
-        "--activation-histograms",
-        "--act-hist",
+        *("--activation-histograms", "--act-hist"),
         type=portion,
         metavar="PORTION",
         help="histograms of activations on this share of the data: TensorBoard and pictures; no training",
     )
-    add("--split-final", "--sf", action="store_true", help="a final layer per branch, and their sum")
     add("--qe-stats-out", metavar="PATH", help="where else --qe-calibration writes its statistics")
     add(
         "--calibrate-on",
@@ -133,8 +112,36 @@ def build_parser() -> ArgumentParser:
         help="calibrate on the first test users' candidates, or on training pairs, so that nothing of the test set "
         "is used (default: %(default)s)",
     )
-    add_post_train_quant_args(parser)
-    return parser
+
+
+def add_run_flags(add: AddArgument) -> None:
+    number = {"type": int, "metavar": "N"}
+    add(
+        "-o",
+        "--out-dir",
+        metavar="DIR",
+        help=f"the run's directory (default: a fresh one in {recording.RUNS})",
+    )
+    add("--name", help="stands before the date in the name of a fresh directory")
+    add("--no-cuda", action="store_true", help="use the CPU even where there is a GPU")
+    add("--gpus", type=int, metavar="ID", help="number of the GPU to use (default: 0, where there is one)")
+    add(
+        *("-p", "--processes"),
+        **number,
+        help="processor threads, at most one per processor (default: PyTorch's choice). "
+        "Scoring is vectorised over users: there are no processes to share it",
+    )
+    add(
+        *("-w", "--workers"),
+        **number,
+        help="accepted, for old command lines. Batches are drawn as whole tensors: there are no loader workers",
+    )
+    add(
+        *("--log-freq", "--lf"),
+        **number,
+        default=100,
+        help="steps between updates of progress bar and TensorBoard (default: %(default)s)",
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:

@@ -1,0 +1,1 @@
+"""Distiller: calibration and linear quantization of PyTorch models, as far as NeuMF needs them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 
 from .clipping import ClipMode
 from .linear import LinearQuantMode
@@ -100,18 +101,19 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
         action="store_true",
         help="run on the processor's integer instructions: the same scores",
     )
-    source = group.add_mutually_exclusive_group()
-    source.add_argument("--qe-stats-file", metavar="PATH", help="calibrated statistics of activations")
-    source.add_argument("--qe-dynamic", action="store_true", help="find ranges on every batch, one user each")
-    source.add_argument(
+    _add_sources(group.add_mutually_exclusive_group().add_argument)
+
+
+def _add_sources(add: Callable[..., Action]) -> None:
+    add("--qe-stats-file", metavar="PATH", help="calibrated statistics of activations")
+    add("--qe-dynamic", action="store_true", help="find ranges on every batch, one user each")
+    add(
         "--qe-calibration",
         type=portion,
         metavar="PORTION",
         help="collect statistics on this share of the data, 0 < PORTION <= 1, and stop",
     )
-    source.add_argument(
-        "--qe-config-file", metavar="PATH", help="YAML with a quantizer and its arguments, in place of flags"
-    )
+    add("--qe-config-file", metavar="PATH", help="YAML with a quantizer and its arguments, in place of flags")
 
 
 def changed_flags(args: Namespace) -> set[str]:
