@@ -6,6 +6,7 @@ Shapes: U users, I items, P training positives, C negatives per user.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import struct
 from collections.abc import Iterator
@@ -95,14 +96,28 @@ def load_split(directory: str | Path) -> Split:
         return _convert_csv(csv_paths, pickle_path)
     if missing:
         return read_pickle(pickle_path)
-    if pickle_path.stat().st_mtime_ns < max(path.stat().st_mtime_ns for path in csv_paths):
-        log.warning("%s is older than the CSV files: made anew from them", pickle_path)
-        return _convert_csv(csv_paths, pickle_path)
     try:
-        return read_pickle(pickle_path)
+        split = read_pickle(pickle_path)
     except InputError as error:
         log.warning("%s: made anew from the CSV files", error)
         return _convert_csv(csv_paths, pickle_path)
+    if pickle_path.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in csv_paths):
+        return split
+    # Copying a directory can make any of its files the newest. Only the pickle knows ids, seed and digest.
+    if same_pairs(split, read_csv(*csv_paths)):
+        try:
+            os.utime(pickle_path)
+        except OSError as error:
+            log.warning("%s: not touched (%s); the next start compares it again", pickle_path, error.strerror)
+        return split
+    log.warning("%s is older than the CSV files: made anew from them", pickle_path)
+    return _convert_csv(csv_paths, pickle_path)
+
+
+def same_pairs(first: Split, second: Split) -> bool:
+    """Whether two splits hold the same training pairs, test items and negatives, in the same order."""
+    names = ("train_users", "train_items", "test_items", "negatives")
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
 def _convert_csv(csv_paths: list[Path], pickle_path: Path) -> Split:

@@ -192,6 +192,15 @@ def test_pickle_older_than_the_csv_files_is_made_anew(directory):
     assert read_pickle(directory / PICKLE).test_items[0] == item
 
 
+def test_pickle_of_a_copied_directory_is_kept(directory):
+    """Its files' times say nothing, and it knows ids and seed, which CSV files do not."""
+    original = load_split(directory)
+    os.utime(directory / PICKLE, (10**9, 10**9))
+    assert_same(original, load_split(directory))
+    newest_csv = max((directory / name).stat().st_mtime_ns for name in CSV_NAMES)
+    assert (directory / PICKLE).stat().st_mtime_ns >= newest_csv
+
+
 def test_pickle_that_cannot_be_written_does_not_stop_loading(directory, monkeypatch):
     """A read-only directory of CSV files loads from them each time."""
     original = load_split(directory)
