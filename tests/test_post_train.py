@@ -1209,3 +1209,26 @@ class Shared(nn.Module):
 def test_a_module_called_twice_is_refused():
     with pytest.raises(ValueError, match="linear"):
         PostTrainLinearQuantizer(Shared()).prepare_model((torch.zeros(2, 3),))
+
+
+# --- devices ---
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_model_stays_on_its_device_and_scores_as_on_the_cpu(device, integer):
+    stats = model_statistics(small_model(3))
+    pairs = all_pairs(small_model(3))
+    results = {}
+    for where in ("cpu", device):
+        model = small_model(3).to(where)
+        arguments = {"mode": "asym_u", "model_activation_stats": stats, "integer_kernels": integer}
+        PostTrainLinearQuantizer(model, **arguments).prepare_model((*pairs, True))
+        tensors = [*model.parameters(), *model.buffers()]
+        assert {tensor.device.type for tensor in tensors} == {where}
+        with torch.no_grad():
+            results[where] = model(*(index.to(where) for index in pairs), sigmoid=True).cpu()
+    # The float sigmoid between two quantized tensors may round another way on another device.
+    assert torch.allclose(results["cpu"], results[device], atol=1e-2)
