@@ -6,12 +6,12 @@ Shapes: U users, I items, P training positives, C negatives per user.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import pickle
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from io import BytesIO
 from pathlib import Path
 from types import NoneType
 from typing import ClassVar
@@ -239,14 +239,15 @@ def read_pickle(path: Path) -> Split:
         InputError: cut short, of another version, or not such a file.
         OSError: it cannot be read.
     """
-    # From memory, where a read beyond the end costs nothing, whatever length a file claims.
-    file = BytesIO(path.read_bytes())
-    try:
-        content = _SplitUnpickler(file).load()
-    # A damaged pickle can make the unpickler raise nearly anything; all of it means the same here.
-    except Exception as error:
-        reason = " ".join([type(error).__name__, *str(error).split()])
-        raise InputError(f"{path}: not a whole split: {reason}") from error
+    with open(path, "rb") as file:
+        try:
+            # Mapped, so that a read beyond the end costs nothing, whatever length a file claims.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                content = _SplitUnpickler(mapped).load()
+        # A damaged pickle can make the unpickler raise nearly anything; all of it means the same here.
+        except Exception as error:
+            reason = " ".join([type(error).__name__, *str(error).split()])
+            raise InputError(f"{path}: not a whole split: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a split")
     if content.get("version") != VERSION:
