@@ -201,6 +201,7 @@ def restore(
         if "learning_rate" in args.given:
             group["lr"] = args.learning_rate
     if not args.resume:
+        args.learning_rate = optimizer.param_groups[0]["lr"]  # what the configuration then records
         progress.best_hr = Progress.best_hr  # the new run has no best.pth.tar yet
     return progress
 

@@ -1109,3 +1109,16 @@ def test_output_can_be_piped(split_dir, checkpoint):
     assert done.returncode == 0
     assert INITIAL_LINE.fullmatch(done.stdout.rstrip("\n"))
     assert io.StringIO(done.stdout).readlines()[0].endswith("\n")
+
+
+def test_load_goes_on_at_the_rate_of_the_checkpoint(ncf, split_dir, checkpoint, tmp_path):
+    """Unless -l says otherwise, and the configuration records it."""
+    saved = load_checkpoint(checkpoint)["optimizer_state_dict"]["param_groups"][0]["lr"]
+    for flags, rate in (([], saved), (["-l", 0.5 * saved], 0.5 * saved)):
+        out = tmp_path / str(rate)
+        outcome = ncf(split_dir, "--load", checkpoint, "-e", 9, "--max-steps", 1, "-s", 1, *flags, "-o", out)
+        assert outcome.code == 0, outcome.err
+        assert json.loads((out / "config.json").read_text())["learning_rate"] == rate
+        after = load_checkpoint(out / "checkpoint.pth.tar")["optimizer_state_dict"]["param_groups"][0]["lr"]
+        assert after == rate
+    assert saved != 0.001  # which is the default without a checkpoint
