@@ -21,10 +21,11 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from dataset import CSV_FILES, NEGATIVE, PICKLE, TEST, TRAIN, Split, UnseenItems, id_dtype, write_pickle
+from dataset import CSV_FILES, NEGATIVE, PICKLE, TEST, TRAIN, Split, id_dtype, write_pickle
 from distiller.cli import ArgumentParser, InputError, run
 from distiller.files import atomic_write, file_digest
 from distiller.tables import read_columns
+from sampling import UnseenItems
 
 CSV_HEADER = "userId,movieId,rating,timestamp"
 COLUMNS = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float64(), "timestamp": pa.int64()}

@@ -10,7 +10,6 @@ import mmap
 import os
 import pickle
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
@@ -18,8 +17,6 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from distiller.cli import InputError
 from distiller.files import atomic_write, file_digest
@@ -315,136 +312,3 @@ def check_split(split: Split, where: Path) -> None:
         require(
             rated < split.nb_items, f"user {user} has every item in training: there is no negative to draw"
         )
-
-
-class UnseenItems:
-    """For every user, the items outside a given list, in ascending order, by rank.
-
-    A user's sorted list t_0 < t_1 < ... has t_j - j other items below t_j. So the item of rank r outside it
-    is r + |{j : t_j - j <= r}|: one binary search, exact, with no rejected draws.
-
-    Args:
-        users: (P,) user ids.
-        items: (P,) item ids, a pair with each user id. A repeated pair counts once.
-        nb_users: U.
-        nb_items: I.
-        device: Where look-ups run.
-    """
-
-    def __init__(
-        self,
-        users: np.ndarray,
-        items: np.ndarray,
-        nb_users: int,
-        nb_items: int,
-        device: torch.device | str = "cpu",
-    ):
-        pairs = users.astype(np.int64) * nb_items + items
-        pairs.sort()
-        pairs = pairs[np.insert(pairs[1:] != pairs[:-1], 0, True)]
-        sorted_users = pairs // nb_items
-        listed = np.bincount(sorted_users, minlength=nb_users)
-        start = np.cumsum(listed) - listed
-        # A stride of I keeps a user's values, t_j - j in 0 .. I - 1, apart from the next user's.
-        self._stride = nb_items
-        below = pairs - sorted_users * nb_items - (np.arange(len(pairs)) - start[sorted_users])
-        self._keys = torch.from_numpy(sorted_users * self._stride + below).to(device)
-        self._start = torch.from_numpy(start).to(device)
-        self.counts = torch.from_numpy(nb_items - listed).to(device)  # (U,) int64: items outside the list
-
-    def item(self, users: Tensor, ranks: Tensor) -> Tensor:
-        """The items outside the users' lists that have the given ranks.
-
-        Args:
-            users: (N,) int64.
-            ranks: (N,) int64, each in [0, ``counts[user]``).
-
-        Returns:
-            (N,) int64.
-        """
-        below = torch.searchsorted(self._keys, users * self._stride + ranks, right=True)
-        return ranks + below - self._start[users]
-
-
-class TrainingBatches:
-    """Batches for one epoch after another: every positive once, fresh negatives, shuffled.
-
-    Positives are taken in a random order. Each is followed by ``negatives_per_positive`` negatives of its user,
-    uniform over the items outside the user's training list, and the samples are shuffled in windows of
-    ``WINDOW`` positives, so that memory stays small at any number of ratings.
-
-    Args:
-        split: Where positives come from.
-        batch_size: Samples per batch; the last batch of an epoch holds what is left.
-        negatives_per_positive: Negatives drawn for each positive.
-        seed: An epoch's batches depend on this and on the epoch's number alone.
-        device: Where batches are drawn and handed out.
-    """
-
-    # 1.3 M samples with the default 4 negatives: 30 MB, and hundreds of batches to be spread over.
-    WINDOW = 1 << 18
-
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        negatives_per_positive: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-    ):
-        self._users = torch.from_numpy(split.train_users.astype(np.int32)).to(device)
-        self._items = torch.from_numpy(split.train_items.astype(np.int32)).to(device)
-        self._unseen = UnseenItems(
-            split.train_users, split.train_items, split.nb_users, split.nb_items, device
-        )
-        self.batch_size = batch_size
-        self._negatives = negatives_per_positive
-        self._seed = seed
-        self._device = torch.device(device)
-
-    @property
-    def nb_samples(self) -> int:
-        """Positives and negatives in an epoch."""
-        return len(self._users) * (1 + self._negatives)
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return -(-self.nb_samples // self.batch_size)
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the epoch's batches from number ``skip`` on: users (N,) and items (N,) int64, labels (N,) float32.
-
-        Labels are 1 for a positive and 0 for a negative.
-        """
-        generator = torch.Generator(self._device)
-        # One stream per (seed, epoch), by NumPy's seed hashing; torch takes 63 bits of it.
-        state = np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)[0]
-        generator.manual_seed(int(state >> 1))
-        order = torch.randperm(len(self._users), generator=generator, device=self._device)
-        rest: tuple[Tensor, ...] = ()
-        batch = 0
-        for window in order.split(self.WINDOW):
-            samples = self._window(window, generator)
-            if rest:
-                samples = tuple(torch.cat(parts) for parts in zip(rest, samples, strict=True))
-            whole = len(samples[0]) // self.batch_size * self.batch_size
-            for start in range(0, whole, self.batch_size):
-                if batch >= skip:
-                    yield tuple(tensor[start : start + self.batch_size] for tensor in samples)
-                batch += 1
-            rest = tuple(tensor[whole:] for tensor in samples)
-        if len(rest[0]) and batch >= skip:
-            yield rest
-
-    def _window(self, positives: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Positives (W,) by their index and their negatives, shuffled: users, items and labels."""
-        users, items = self._users[positives].long(), self._items[positives].long()
-        negative_users = users.repeat_interleave(self._negatives)
-        # The remainder of 62 random bits is uniform to within I / 2^62.
-        draws = torch.randint(1 << 62, negative_users.shape, generator=generator, device=self._device)
-        negative_items = self._unseen.item(negative_users, draws % self._unseen.counts[negative_users])
-        users, items = torch.cat([users, negative_users]), torch.cat([items, negative_items])
-        labels = torch.zeros(len(users), device=self._device)
-        labels[: len(positives)] = 1
-        shuffle = torch.randperm(len(users), generator=generator, device=self._device)
-        return users[shuffle], items[shuffle], labels[shuffle]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataset import Split
 from distiller.cli import InputError
+from processes import Processes
 
 # Pairs scored at once. The published model's widest activations, 4000 x 256 float32, then take 4 MB and stay in
 # the cache between layers: with four times as many, two Xeon cores scored 15 % fewer pairs a second in FP32 and 37 %
@@ -64,29 +65,28 @@ def candidate_items(split: Split, start: int, stop: int) -> Tensor:
 def score_candidates(
     model: nn.Module,
     split: Split,
-    nb_users: int | None = None,
+    users: range,
     block: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Score every user's candidates, ``block`` users at a time.
+    """Score users' candidates, ``block`` users at a time.
 
     Args:
         model: Called as ``model(users, items, sigmoid=True)`` on (B * C,) int64 each.
         split: Whose candidates.
-        nb_users: How many of the first users; all of them by default.
+        users: Which users, one after the other.
         block: Users at a time; ``users_per_block`` by default.
         device: The model's.
 
     Yields:
         Items (B, C) int64 and their scores (B, C), both on ``device``.
     """
-    nb_users = nb_users or split.nb_users
     block = block or users_per_block(split, device)
-    for start in range(0, nb_users, block):
-        stop = min(start + block, nb_users)
+    for start in range(users.start, users.stop, block):
+        stop = min(start + block, users.stop)
         items = candidate_items(split, start, stop).to(device)
-        users = torch.arange(start, stop, device=device).repeat_interleave(split.nb_candidates)
-        yield items, model(users, items.flatten(), sigmoid=True).view_as(items)
+        ids = torch.arange(start, stop, device=device).repeat_interleave(split.nb_candidates)
+        yield items, model(ids, items.flatten(), sigmoid=True).view_as(items)
 
 
 def score_all(
@@ -97,7 +97,7 @@ def score_all(
     device: torch.device | str = "cpu",
 ) -> None:
     """Score the candidates of the first ``nb_users``, for whoever watches the model at it."""
-    scored = score_candidates(model, split, nb_users, block, device)
+    scored = score_candidates(model, split, range(nb_users), block, device)
     blocks = -(-nb_users // (block or users_per_block(split, device)))
     for _ in tqdm(scored, total=blocks, desc="Score test users", unit="block"):
         pass
@@ -141,6 +141,7 @@ def evaluate(
     k: int = 10,
     block: int | None = None,
     device: torch.device | str = "cpu",
+    processes: Processes | None = None,
 ) -> Metrics:
     """Rank every user's test item among her candidates, under a progress bar with the metrics so far.
 
@@ -151,18 +152,25 @@ def evaluate(
         block: Users scored at once. The result does not depend on it, but for the last bit of float products,
             unless the model's arithmetic depends on the whole batch, as dynamic quantization's does: that takes 1.
         device: The model's.
+        processes: That share the users. Each returns the metrics over all of them; the bar is the first one's, and
+            has its own users' alone.
 
     Raises:
         InputError: a score is not finite.
     """
     model.eval()
-    ranks = torch.empty(split.nb_users, dtype=torch.int64)
-    done = 0
-    with tqdm(total=split.nb_users, desc="Evaluate", unit="user", mininterval=0.5) as bar:
-        for items, scores in score_candidates(model, split, block=block, device=device):
+    processes = processes or Processes()
+    users = processes.share(split.nb_users)
+    ranks = torch.zeros(split.nb_users, dtype=torch.int64, device=device)
+    done = users.start
+    bar = tqdm(total=len(users), desc="Evaluate", unit="user", mininterval=0.5, disable=not processes.first)
+    with bar:
+        for items, scores in score_candidates(model, split, users, block, device):
             ranks[done : done + len(items)] = rank_last(items, scores)
             done += len(items)
             if bar.update(len(items)):
-                bar.set_postfix_str(str(metrics_of_ranks(ranks[:done], k)), refresh=False)
-        bar.set_postfix_str(str(metrics_of_ranks(ranks, k)))
-    return metrics_of_ranks(ranks, k)
+                bar.set_postfix_str(str(metrics_of_ranks(ranks[users.start : done], k)), refresh=False)
+        processes.sum([ranks])
+        metrics = metrics_of_ranks(ranks.cpu(), k)
+        bar.set_postfix_str(str(metrics))
+    return metrics

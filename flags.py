@@ -15,6 +15,7 @@ import recording
 from distiller.cli import ArgumentParser, InputError
 from distiller.quantization import add_post_train_quant_args
 from distiller.quantization.arguments import portion
+from step import PRECISIONS
 
 PROG = "ncf.py"
 AddArgument = Callable[..., Action]
@@ -62,7 +63,13 @@ def add_model_flags(add: AddArgument) -> None:
 def add_training_flags(add: AddArgument) -> None:
     number = {"type": int, "metavar": "N"}
     add("-e", "--epochs", **number, default=20, help="to train, from the first ever (default: %(default)s)")
-    add("-b", "--batch-size", **number, default=256, help="samples a step (default: %(default)s)")
+    add(
+        "-b",
+        "--batch-size",
+        **number,
+        default=256,
+        help="samples a step, in all of torchrun's processes together (default: %(default)s)",
+    )
     add(
         *("-n", "--negative-samples"),
         **number,
@@ -76,6 +83,20 @@ def add_training_flags(add: AddArgument) -> None:
         metavar="RATE",
         help="of Adam (default: that of a checkpoint's optimizer, else %(default)s)",
     )
+    add(
+        "--optimizer",
+        choices=["lazy-adam", "adam"],
+        default="lazy-adam",
+        help="lazy-adam computes Adam's steps for the rows that a batch touches, and for the others when they are "
+        "needed, to the same weights up to rounding; adam is PyTorch's, over everything (default: %(default)s)",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the matrix products in training; weights and Adam stay in fp32 (default: bf16 where the processor or "
+        "GPU has it natively, else fp32)",
+    )
+    add("--no-compile", action="store_true", help="train without torch.compile")
     add("-s", "--seed", type=int, help="of initial weights and of samples (default: drawn, and recorded)")
     add("-t", "--threshold", type=float, metavar="HR", help="stop training once HR@K reaches this")
     add("--max-steps", **number, help="stop training after N steps, evaluate and save")

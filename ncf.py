@@ -8,15 +8,17 @@ import os
 import sys
 import time
 from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import neumf
 import recording
-from dataset import Split, TrainingBatches, load_split
+from dataset import Split, load_split
 from distiller.calibration import STATS_FILE, TestFunction, collect_histograms, collect_quant_stats
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError, run
@@ -28,17 +30,24 @@ from distiller.schedule import CompressionSchedule, load_schedule, prepare_quant
 from evaluation import evaluate, score_all, users_per_block
 from flags import PROG, parse_args
 from neumf import NeuMF
+from optim import LazyAdam
+from processes import Processes, join_processes, leave_processes, local_rank
+from sampling import TrainingBatches
+from step import Step, native_bf16, why_not_compiled
 from training import Progress, Stop, Trainer, score_training_pairs
 
 log = logging.getLogger("ncf")
 
 
 def choose_device(args: Namespace) -> torch.device:
-    """The GPU asked for, else the first one, else the CPU."""
+    """The GPU asked for, else the first one or this process's, else the CPU."""
     if args.gpus is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+        on_gpu = torch.cuda.is_available() and not args.no_cuda
+        return torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
     if args.no_cuda:
         raise InputError("--gpus and --no-cuda exclude each other")
+    if dist.is_torchelastic_launched():
+        raise InputError("--gpus: torchrun gives each process a GPU of its own")
     if args.gpus not in range(torch.cuda.device_count()):
         raise InputError(f"--gpus: there is no GPU {args.gpus}: PyTorch finds {torch.cuda.device_count()}")
     return torch.device("cuda", args.gpus)
@@ -90,38 +99,71 @@ def restore_rounding(model: NeuMF, checkpoint: dict[str, Any], args: Namespace) 
         raise InputError(f"not a whole checkpoint: {' '.join(str(error).split())}") from error
 
 
-def train(args: Namespace, split: Split, device: torch.device) -> None:
+def choose_precision(args: Namespace, device: torch.device, schedule: CompressionSchedule) -> str:
+    """The precision asked for, else bf16 where the device has it and nothing is rounded, else fp32."""
+    if schedule.quantizer is None:
+        return args.precision or ("bf16" if native_bf16(device) else "fp32")
+    if args.precision == "bf16" and "precision" in args.given:
+        raise InputError("--precision: quantization-aware training rounds in fp32")
+    return "fp32"
+
+
+def choose_compilation(args: Namespace, device: torch.device) -> bool:
+    """Whether to compile: unless told not to, wherever it works."""
+    if args.no_compile:
+        return False
+    why = why_not_compiled(device)
+    if why:
+        log.info("Without torch.compile, which does not work here: %s", why)
+    return why is None
+
+
+def build_optimizer(args: Namespace, model: NeuMF) -> torch.optim.Adam:
+    """The optimizer asked for, over all of the model's parameters."""
+    if args.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
+    return LazyAdam(model.parameters(), model.tables(), lr=args.learning_rate)
+
+
+def train(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
     """Train, from new weights, from ``--load``, or from where the run to resume stands."""
-    start = check_start(args)
+    start = check_start(args, processes)
     if args.param_hist:
         recording.require_matplotlib("--param-hist")
     schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
+    args.precision = choose_precision(args, device, schedule)
     model, checkpoint = initial_model(args, start, split, schedule)
-    model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = build_optimizer(args, model.to(device))
     progress = Progress()
     if checkpoint and not args.reset_optimizer:
         progress = restore(optimizer, checkpoint, split, args, start)
-    schedule.bind(optimizer)
-    if args.resume:
-        schedule.load_state_dict(checkpoint["schedule_state_dict"])
-        if args.learning_rate == checkpoint["config"]["learning_rate"]:
-            # Binding has set the rate to the schedule's start; this is the one that it had reached.
-            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+    bind(schedule, optimizer, checkpoint, args)
+    if checkpoint and not args.reset_optimizer:
+        restore_lagging(optimizer, checkpoint, start)
     if progress.epoch >= args.epochs:
         raise InputError(f"-e/--epochs: {start} already has {progress.epoch} epochs, {args.epochs} asked for")
 
-    directory = recording.open_run_directory(args.out_dir, args.name, device)
-    if not args.resume:
-        recording.clear_run(directory)
-    config = resolved_config(args, split, device, model)
-    recording.write_config(directory, config)
-    batches = TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device)
-    with recording.Recorder(directory, pictures=args.param_hist) as recorder:
+    processes.agree(None)  # no file changes before all have read
+    with open_recorder(args, device, processes) as recorder:
+        compiled = choose_compilation(args, device)
+        log.info(
+            "Training with %s, %s matrix products, %s, on %s",
+            *(args.optimizer, args.precision, "compiled" if compiled else "not compiled", device),
+        )
+        config = resolved_config(args, split, device, model) | {"compiled": compiled}
+        if recorder is not None:
+            recording.write_config(recorder.directory, config)
         trainer = Trainer(
-            model,
-            optimizer,
-            batches,
+            Step(model, optimizer, args.precision, compiled, processes),
+            TrainingBatches(
+                split,
+                args.batch_size,
+                args.negative_samples,
+                args.seed,
+                device,
+                processes.rank,
+                processes.world_size,
+            ),
             split,
             recorder,
             config,
@@ -134,11 +176,24 @@ def train(args: Namespace, split: Split, device: torch.device) -> None:
         trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
 
 
-def check_start(args: Namespace) -> str | Path | None:
+def open_recorder(
+    args: Namespace, device: torch.device, processes: Processes
+) -> AbstractContextManager[recording.Recorder | None]:
+    """What records the run in its directory, in the first process; None in the others."""
+    if not processes.first:
+        return nullcontext()
+    directory = recording.open_run_directory(args.out_dir, args.name, device)
+    if not args.resume:
+        recording.clear_run(directory)
+    return recording.Recorder(directory, pictures=args.param_hist)
+
+
+def check_start(args: Namespace, processes: Processes) -> str | Path | None:
     """The checkpoint that training starts from; an ``InputError`` where it would overwrite a run unasked."""
     if args.out_dir is None:
         return args.load
-    if recording.holds_run(Path(args.out_dir)) and not (args.resume or args.overwrite):
+    overwrites = recording.holds_run(Path(args.out_dir)) and not (args.resume or args.overwrite)
+    if processes.first and overwrites:
         raise InputError(
             f"-o/--out-dir: {args.out_dir} holds a run: --resume goes on with it, --overwrite starts again"
         )
@@ -204,6 +259,33 @@ def restore(
         args.learning_rate = optimizer.param_groups[0]["lr"]  # what the configuration then records
         progress.best_hr = Progress.best_hr  # the new run has no best.pth.tar yet
     return progress
+
+
+def bind(
+    schedule: CompressionSchedule,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: dict[str, Any] | None,
+    args: Namespace,
+) -> None:
+    """Put the learning-rate schedulers in charge of the optimizer, on ``--resume`` where they stood."""
+    schedule.bind(optimizer)
+    if args.resume:
+        schedule.load_state_dict(checkpoint["schedule_state_dict"])
+        if args.learning_rate == checkpoint["config"]["learning_rate"]:
+            # Binding has set the rate to the schedule's start; this is the one that it had reached.
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+
+
+def restore_lagging(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Take a lazy optimizer back to the rows that it had, where it goes on at the rate that they were moved with."""
+    lagging = checkpoint.get("lagging_rows")
+    if not isinstance(optimizer, LazyAdam) or lagging is None:
+        return
+    if optimizer.param_groups[0]["lr"] == checkpoint["optimizer_state_dict"]["param_groups"][0]["lr"]:
+        try:
+            optimizer.restore_lagging(lagging)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: lagging_rows: {error}") from error
 
 
 def check_going_on(
@@ -295,7 +377,7 @@ def draw_activation_histograms(args: Namespace, split: Split, device: torch.devi
     log.info("Histograms of %d layers written to %s", len(histograms), directory)
 
 
-def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device) -> None:
+def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
     """Evaluate in FP32, in half precision, or quantized."""
     model, checkpoint = load_model(args, args.load, split)
     if checkpoint.get("quantization_aware") is not None and not args.quantize_eval:
@@ -317,31 +399,53 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device) -> 
             block = 1  # as calibration has it, a batch is one user's candidates
     elif args.eval_fp16:
         model.half()
-    directory = recording.open_run_directory(args.out_dir, args.name, device)
-    if quantizer:
-        quantizer.save(directory)
+    if processes.first:
+        directory = recording.open_run_directory(args.out_dir, args.name, device)
+        if quantizer:
+            quantizer.save(directory)
     start = time.perf_counter()
-    metrics = evaluate(model, split, args.topk, block, device)
+    metrics = evaluate(model, split, args.topk, block, device, processes)
     log.info("Initial %s, val_time = %.2f", metrics, time.perf_counter() - start)
 
 
 def main() -> None:
-    recording.show_messages()
     args = parse_args()
     device = choose_device(args)
+    processes = join_processes(device.type)
+    if processes.first:
+        recording.show_messages()
+    else:
+        logging.disable()  # the first process says it
+    args.seed = processes.agree(args.seed)
     if args.processes:
         torch.set_num_threads(min(args.processes, os.cpu_count()))
     split = load_split(args.data)
     if args.topk > split.nb_candidates:
         raise InputError(f"-k/--topk: {args.topk} of a list of only {split.nb_candidates} candidates")
+    check_processes(args, processes)
     if args.qe_calibration:
         calibrate(args, split, device)
     elif args.activation_histograms:
         draw_activation_histograms(args, split, device)
     elif args.evaluate or args.quantize_eval or args.eval_fp16:
-        evaluate_checkpoint(args, split, device)
+        evaluate_checkpoint(args, split, device, processes)
     else:
-        train(args, split, device)
+        train(args, split, device, processes)
+    leave_processes()
+
+
+def check_processes(args: Namespace, processes: Processes) -> None:
+    """Raise an ``InputError`` for what several processes cannot share."""
+    if processes.world_size == 1:
+        return
+    for flag, given in (
+        ("--qe-calibration", args.qe_calibration),
+        ("--act-hist", args.activation_histograms),
+    ):
+        if given:
+            raise InputError(f"{flag}: torchrun's processes share training and evaluation, not this")
+    if args.batch_size < processes.world_size:
+        raise InputError(f"-b/--batch-size: {args.batch_size} samples for {processes.world_size} processes")
 
 
 if __name__ == "__main__":

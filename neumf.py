@@ -90,15 +90,26 @@ class NeuMF(nn.Module):
         Returns:
             (N, 1) scores in the weights' dtype.
         """
-        mf = self.mf_mult(self.mf_user_embed(user), self.mf_item_embed(item))  # (N, F)
-        hidden = self.mlp_concat(self.mlp_user_embed(user), self.mlp_item_embed(item))  # (N, L_0)
+        mf_user, mf_item = self.mf_user_embed(user), self.mf_item_embed(item)
+        logit = self.score(mf_user, mf_item, self.mlp_user_embed(user), self.mlp_item_embed(item))
+        return self.sigmoid(logit) if sigmoid else logit
+
+    def score(self, mf_user: Tensor, mf_item: Tensor, mlp_user: Tensor, mlp_item: Tensor) -> Tensor:
+        """The logits (N, 1) of pairs by their embeddings, (N, F) and (N, L_0 / 2) each."""
+        mf = self.mf_mult(mf_user, mf_item)  # (N, F)
+        hidden = self.mlp_concat(mlp_user, mlp_item)  # (N, L_0)
         for linear, relu in zip(self.mlp, self.mlp_relu, strict=True):
             hidden = relu(linear(hidden))  # (N, L_i)
         if self.split_final:
-            logit = self.final_add(self.final_mf(mf), self.final_mlp(hidden))
-        else:
-            logit = self.final(self.final_concat(mf, hidden))
-        return self.sigmoid(logit) if sigmoid else logit
+            return self.final_add(self.final_mf(mf), self.final_mlp(hidden))
+        return self.final(self.final_concat(mf, hidden))
+
+    def tables(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The embedding tables of users, (U, F) and (U, L_0 / 2), and those of items."""
+        return (
+            [self.mf_user_embed.weight, self.mlp_user_embed.weight],
+            [self.mf_item_embed.weight, self.mlp_item_embed.weight],
+        )
 
 
 def check_sizes(nb_users: int, nb_items: int, mf_dim: int, mlp_layer_sizes: Sequence[int]) -> None:

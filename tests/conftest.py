@@ -15,15 +15,20 @@ import pytest
 
 # The models here are too small to share between threads, which only wait for each other, longest on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Compiling takes longer than all that these models are trained for; tests of it run in processes of their own.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 
 import convert
 import ncf
+import optim
 import synthetic
 from distiller.cli import run
 
 torch.set_num_threads(1)
+# So that most steps of these short runs are lazy ones.
+optim.DENSE_STEPS = 20
 
 USERS, ITEMS, RATINGS, NEGATIVES = 60, 80, 2000, 40
 SIZES = ["--layers", "8", "6", "4", "-f", "4"]

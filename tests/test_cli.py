@@ -69,8 +69,10 @@ def lines(text: str) -> list[str]:
 
 
 def epochs(out: str) -> list[tuple[int, float, float]]:
-    """Number, HR and NDCG of each epoch's line; every line is one."""
-    found = [EPOCH_LINE.fullmatch(line) for line in lines(out)]
+    """Number, HR and NDCG of each epoch's line; every line is one, but for the first, which says how it trains."""
+    first, *rest = lines(out)
+    assert first.startswith("Training with "), out
+    found = [EPOCH_LINE.fullmatch(line) for line in rest]
     assert all(found), out
     return [(int(match[1]), float(match[2]), float(match[3])) for match in found]
 
@@ -652,12 +654,11 @@ def test_tensorboard_has_loss_speed_and_metrics(run_dir):
 def test_other_k_is_in_lines_and_columns(ncf, split_dir, tmp_path):
     """Never HR@10 where k is another."""
     outcome = ncf(split_dir, *TRAIN, "-e", 1, "-k", 5, "-o", tmp_path / "out")
-    assert re.match(rf"Epoch 0: HR@5 = {NUMBER}, NDCG@5 = {NUMBER}, ", outcome.out)
+    assert re.match(rf"Epoch 0: HR@5 = {NUMBER}, NDCG@5 = {NUMBER}, ", lines(outcome.out)[1])
     header = (tmp_path / "out" / "valid_results.csv").read_text().splitlines()[0].split(",")
     assert {"hr@5", "ndcg@5"} <= set(header)
-    assert ncf(split_dir, *TRAIN, "-e", 1, "-k", 41, "-o", tmp_path / "all").out.startswith(
-        "Epoch 0: HR@41 = 1.0000"
-    )
+    outcome = ncf(split_dir, *TRAIN, "-e", 1, "-k", 41, "-o", tmp_path / "all")
+    assert lines(outcome.out)[1].startswith("Epoch 0: HR@41 = 1.0000")
 
 
 def test_param_hist_leaves_pictures_and_histograms(ncf, split_dir, tmp_path):

@@ -1,4 +1,4 @@
-"""The split on disk, whatever has become of it, unseen items against brute force, and training batches."""
+"""The split on disk, whatever has become of it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ import resource
 import shutil
 import signal
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dataset
-from dataset import Split, TrainingBatches, UnseenItems, load_split, read_pickle, write_pickle
+from dataset import Split, load_split, read_pickle, write_pickle
 from distiller.cli import InputError
 
 CSV_NAMES = ["train-ratings.csv", "test-ratings.csv", "test-negative.csv"]
@@ -568,184 +565,3 @@ def test_user_whose_training_items_are_all_items_is_refused(tmp_path):
     (tmp_path / CSV_NAMES[2]).write_text("1\n1\n")
     with pytest.raises(InputError, match="user 0"):
         load_split(tmp_path)
-
-
-# --- unseen items ---
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_unseen_items_are_those_of_brute_force(data):
-    """Every rank of every user, with repeated pairs, users without pairs and users with every item."""
-    nb_users, nb_items = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 12))
-    pair = st.tuples(st.integers(0, nb_users - 1), st.integers(0, nb_items - 1))
-    pairs = data.draw(st.lists(pair, min_size=1, max_size=50))
-    users, items = (np.array(ids, dtype=np.uint8) for ids in zip(*pairs, strict=True))
-    unseen = UnseenItems(users, items, nb_users, nb_items)
-    expected = [
-        [item for item in range(nb_items) if (user, item) not in set(pairs)] for user in range(nb_users)
-    ]
-    assert unseen.counts.tolist() == [len(row) for row in expected]
-    asked = [(user, rank) for user in range(nb_users) for rank in range(len(expected[user]))]
-    asked = data.draw(st.permutations(asked))
-    if asked:
-        asked_users, ranks = (torch.tensor(ids) for ids in zip(*asked, strict=True))
-        assert unseen.item(asked_users, ranks).tolist() == [expected[user][rank] for user, rank in asked]
-
-
-def test_unseen_items_do_not_overflow_the_types_that_pairs_come_in():
-    """138,493 users by 26,744 items are more pairs than 32 bits count."""
-    users = np.array([0, 138_492, 138_492], dtype=np.uint32)
-    items = np.array([26_743, 0, 26_742], dtype=np.uint16)
-    unseen = UnseenItems(users, items, 138_493, 26_744)
-    assert unseen.item(torch.tensor([138_492] * 3), torch.tensor([0, 26_740, 26_741])).tolist() == [
-        1,
-        26_741,
-        26_743,
-    ]
-    assert unseen.item(torch.tensor([0]), torch.tensor([26_742])).tolist() == [26_742]
-
-
-# --- training batches ---
-
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def drawn(batches: list[Batch]) -> list[tuple[int, int, float]]:
-    """Every sample: user, item, label."""
-    return [sample for batch in batches for sample in zip(*(part.tolist() for part in batch), strict=True)]
-
-
-def equal(first: list[Batch], second: list[Batch]) -> bool:
-    """The same batches in the same order."""
-    return len(first) == len(second) and all(
-        torch.equal(a, b)
-        for one, other in zip(first, second, strict=True)
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-@pytest.fixture(params=[None, 1, 7, 100, 1000])
-def window(request, monkeypatch) -> int | None:
-    """The number of positives shuffled together, mostly far below the data's."""
-    if request.param:
-        monkeypatch.setattr(TrainingBatches, "WINDOW", request.param)
-    return request.param
-
-
-@pytest.mark.parametrize(("batch_size", "negatives"), [(256, 4), (1, 2), (100_000, 4), (97, 1), (50, 4)])
-def test_epoch_has_every_positive_once_and_negatives_beside_it(split_dir, window, batch_size, negatives):
-    """Labels, numbers, types, and never a training item among the negatives; windows change nothing of it."""
-    split = load_split(split_dir)
-    if batch_size == 1:
-        parts = {name: getattr(split, name)[:200] for name in ("train_users", "train_items")}
-        split = Split(**vars(split) | parts)
-    batches = TrainingBatches(split, batch_size, negatives, seed=3)
-    epoch = list(batches.epoch(5))
-    for users, items, labels in epoch:
-        assert (users.dtype, items.dtype, labels.dtype) == (torch.int64, torch.int64, torch.float32)
-        assert users.shape == items.shape == labels.shape
-    total = len(split.train_users) * (1 + negatives)
-    assert batches.nb_samples == total
-    assert len(epoch) == len(batches) == -(-total // batch_size)
-    assert [len(users) for users, *_ in epoch[:-1]] == [batch_size] * (len(epoch) - 1)
-    assert len(epoch[-1][0]) == (total - 1) % batch_size + 1
-
-    pairs = list(zip(split.train_users.tolist(), split.train_items.tolist(), strict=True))
-    samples = drawn(epoch)
-    assert {label for *_, label in samples} == {0.0, 1.0}
-    assert sorted((user, item) for user, item, label in samples if label) == sorted(pairs)
-    negative = [(user, item) for user, item, label in samples if not label]
-    assert not set(negative) & set(pairs)
-    assert all(0 <= item < split.nb_items for _, item in negative)
-    of_user = Counter(split.train_users.tolist())
-    assert Counter(user for user, _ in negative) == {user: negatives * n for user, n in of_user.items()}
-
-
-def test_same_seed_and_epoch_give_the_same_batches(split_dir, window):
-    """Whatever was drawn before, and from another object; another seed or epoch gives others."""
-    split = load_split(split_dir)
-    batches = TrainingBatches(split, 128, 2, seed=11)
-    first = list(batches.epoch(0))
-    second = list(batches.epoch(1))
-    torch.manual_seed(5)
-    torch.rand(3)
-    assert equal(list(TrainingBatches(split, 128, 2, seed=11).epoch(1)), second)
-    assert equal(list(batches.epoch(0)), first)
-    assert not equal(first, second)
-    assert not equal(list(TrainingBatches(split, 128, 2, seed=12).epoch(0)), first)
-    assert not equal(list(TrainingBatches(split, 128, 2, seed=12).epoch(0)), second)
-    # Fresh negatives in each epoch, not only another order.
-    assert sorted(drawn(first)) != sorted(drawn(second))
-
-
-def test_drawing_leaves_the_global_generator_alone(split_dir):
-    """So that initial weights do not depend on when batches are drawn."""
-    batches = TrainingBatches(load_split(split_dir), 128, 2, seed=11)
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    list(batches.epoch(0))
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("skip", [0, 1, 5, "one less", "all"])
-def test_skip_gives_exactly_the_later_batches(split_dir, window, skip):
-    """As a resumed run needs them."""
-    batches = TrainingBatches(load_split(split_dir), 200, 3, seed=2)
-    whole = list(batches.epoch(4))
-    skip = {"one less": len(whole) - 1, "all": len(whole)}.get(skip, skip)
-    assert equal(list(batches.epoch(4, skip=skip)), whole[skip:])
-
-
-def test_samples_are_shuffled(split_dir):
-    """Labels and users are spread over the epoch, not in the order of the file."""
-    split = load_split(split_dir)
-    epoch = list(TrainingBatches(split, 256, 4, seed=0).epoch(0))
-    for users, _, labels in epoch[:-1]:
-        assert 20 < labels.sum() < 85  # 51 expected, 6.4 deviation
-        assert len(set(users.tolist())) > 40  # of 60
-    positives = [(user, item) for user, item, label in drawn(epoch) if label]
-    assert positives != list(zip(split.train_users.tolist(), split.train_items.tolist(), strict=True))
-    # A negative need not follow its positive.
-    order = [user for user, *_ in drawn(epoch)]
-    repeats = sum(a == b for a, b in pairwise(order))
-    assert repeats < len(order) / 10
-
-
-def test_positives_are_spread_over_the_epoch_evenly_in_any_window(split_dir, window):
-    """The first half of an epoch has about half of the first user's positives (fixed seeds)."""
-    split = load_split(split_dir)
-    batches = TrainingBatches(split, 100, 1, seed=1)
-    busiest = np.bincount(split.train_users).argmax()
-    count = np.sum(split.train_users == busiest)
-    shares = []
-    for epoch in range(10):
-        samples = drawn(list(batches.epoch(epoch)))
-        half = samples[: len(samples) // 2]
-        shares.append(sum(user == busiest and label == 1 for user, _, label in half) / count)
-    assert abs(np.mean(shares) - 0.5) < 5 * 0.5 / np.sqrt(10 * count)
-
-
-def test_negatives_are_uniform_over_unseen_items(window):
-    """Chi-square for each user of a tiny split, over many epochs with fixed seeds."""
-    split = tiny_split()
-    batches = TrainingBatches(split, 64, 4, seed=9)
-    samples = [sample for epoch in range(300) for sample in drawn(list(batches.epoch(epoch)))]
-    for user, seen in enumerate([{0, 1}, {5}, {1, 2, 3}]):
-        counts = Counter(item for who, item, label in samples if who == user and not label)
-        assert set(counts) == set(range(6)) - seen
-        expected = 4 * 300 * len(seen) / (6 - len(seen))
-        statistic = sum((count - expected) ** 2 / expected for count in counts.values())
-        assert statistic < 25  # p < 0.0002 at up to 4 degrees of freedom
-
-
-def test_no_item_is_left_out_where_a_user_has_one_unseen_item():
-    """A single candidate is drawn every time."""
-    split = tiny_split()
-    parts = {
-        "train_users": np.zeros(5, dtype=np.uint8),
-        "train_items": np.array([5, 3, 1, 0, 2], dtype=np.uint8),
-    }
-    samples = drawn(list(TrainingBatches(Split(**vars(split) | parts), 7, 4, seed=1).epoch(0)))
-    assert [item for _, item, label in samples if not label] == [4] * 20

@@ -644,7 +644,7 @@ def test_checkpoint_says_from_when_on_it_is_quantization_aware(train):
     """Not before the quantizer's first epoch; until then training is what it is without."""
     path = written(content({"bits_weights": 4}, start=1))
     train("-e", 1, "--compress", path, "-o", "early")
-    train("-e", 1, "-o", "plain")
+    train("-e", 1, "--precision", "fp32", "-o", "plain")
     early, plain = whole_checkpoint("early"), whole_checkpoint("plain")
     assert early["quantization_aware"] is None
     assert same(early["state_dict"], plain["state_dict"])

@@ -14,11 +14,13 @@ import torch
 from torch.nn import functional
 
 import training
-from dataset import Split, TrainingBatches, load_split
+from dataset import Split, load_split
 from distiller.checkpoint import load_checkpoint
 from evaluation import Metrics
 from neumf import NeuMF
 from recording import Recorder
+from sampling import TrainingBatches
+from step import Step
 from training import Progress, Stop, Trainer
 
 pytestmark = pytest.mark.usefixtures("in_empty_directory")
@@ -194,18 +196,13 @@ def test_average_loss_is_the_mean_over_samples(split_dir):
     with torch.no_grad():
         losses = [
             functional.binary_cross_entropy_with_logits(
-                model(users, items).squeeze(1), labels, reduction="sum"
-            )
-            for users, items, labels in batches.epoch(0)
+                model(batch.users, batch.items).squeeze(1), batch.labels, reduction="none"
+            )[batch.weights > 0].sum()
+            for batch in batches.epoch(0)
         ]
-    trainer = Trainer(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0),  # weights stay, so that all batches meet the same ones
-        batches,
-        split,
-        Recorder(Path(".")),
-        {},
-    )
+    # Weights stay, so that all batches meet the same ones.
+    step = Step(model, torch.optim.SGD(model.parameters(), lr=0))
+    trainer = Trainer(step, batches, split, Recorder(Path(".")), {})
     trainer.run(Stop(1))
     expected = (sum(losses) / batches.nb_samples).item()
     assert float(rows(".")[0]["avg_train_loss"]) == pytest.approx(expected, rel=1e-6)
@@ -214,14 +211,14 @@ def test_average_loss_is_the_mean_over_samples(split_dir):
 def test_a_step_is_adams_on_the_mean_cross_entropy_of_logits(train, split_dir):
     """Two steps by hand, from the same initial weights."""
     split = load_split(split_dir)
-    train(*TRAIN, "--max-steps", 2, "-o", "out")
+    train(*TRAIN, "--precision", "fp32", "--max-steps", 2, "-o", "out")
     torch.manual_seed(1)
     model = NeuMF(split.nb_users, split.nb_items, 4, [8, 6, 4])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _, (users, items, labels) in zip(range(2), TrainingBatches(split, 256, 4, 1).epoch(0), strict=False):
-        scores = torch.sigmoid(model(users, items).squeeze(1))
+    for _, batch in zip(range(2), TrainingBatches(split, 256, 4, 1).epoch(0), strict=False):
+        scores = torch.sigmoid(model(batch.users, batch.items).squeeze(1))
         optimizer.zero_grad()
-        functional.binary_cross_entropy(scores, labels).backward()
+        functional.binary_cross_entropy(scores, batch.labels).backward()
         optimizer.step()
     for key, value in weights("out").items():
         # Where a gradient is rounding noise, Adam's step has its sign alone, and so up to the rate's size.
@@ -246,7 +243,7 @@ def test_best_checkpoint_is_the_epoch_with_the_highest_hr(split_dir, monkeypatch
     monkeypatch.setattr(training, "evaluate", evaluate)
     optimizer = torch.optim.Adam(model.parameters())
     batches = TrainingBatches(split, 2000, 4, seed=1)
-    Trainer(model, optimizer, batches, split, Recorder(Path(".")), {}).run(Stop(4))
+    Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(4))
     best, last = load_checkpoint("best.pth.tar"), load_checkpoint("checkpoint.pth.tar")
     assert (best["epoch"], best["hr"], best["ndcg"]) == (1, 0.5, 0.1)
     assert same(dict(best["state_dict"]), after[1])
@@ -326,16 +323,16 @@ def test_a_single_loss_that_is_not_finite_is_not_missed(split_dir, monkeypatch, 
     model = NeuMF(split.nb_users, split.nb_items, 4, [8, 4])
     batches = TrainingBatches(split, 256, 4, seed=1)
     optimizer = torch.optim.Adam(model.parameters())
-    trainer = Trainer(model, optimizer, batches, split, Recorder(Path(".")), {}, progress=Progress())
-    step, taken = trainer._step, []
+    trainer = Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}, progress=Progress())
+    step, taken = trainer.step, []
 
-    def poisoned(*arguments):
+    def poisoned(batch):
         taken.append(1)
-        loss = step(*arguments)
+        loss = step(batch)
         return loss * value if len(taken) == 17 else loss
 
-    monkeypatch.setattr(trainer, "_step", poisoned)
-    with pytest.raises(training.InputError, match="epoch 0"):
+    monkeypatch.setattr(trainer, "step", poisoned)
+    with pytest.raises(training.InputError, match="epoch 0, step 17;"):
         trainer.run(Stop(2))
     assert not list(Path(".").glob("*.tar"))
 
@@ -379,7 +376,7 @@ def test_known_structure_is_learned(split_final):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     batches = TrainingBatches(split, 128, 4, seed=1)
     before = training.evaluate(model, split).hr
-    Trainer(model, optimizer, batches, split, Recorder(Path(".")), {}).run(Stop(12))
+    Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(12))
     results = rows(".")
     losses = [float(row["avg_train_loss"]) for row in results]
     assert before < 0.5
@@ -398,9 +395,9 @@ def test_training_teaches_only_the_users_and_items_it_meets(split_dir):
     model = NeuMF(60, 81, 4, [8, 4])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = TrainingBatches(split, 128, 4, seed=1)
-    seen = {int(item) for _, items, _ in batches.epoch(0) for item in items}
+    seen = {int(item) for batch in batches.epoch(0) for item in batch.items}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    Trainer(model, optimizer, batches, split, Recorder(Path(".")), {}).run(Stop(1))
+    Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(1))
     changed = (model.mf_item_embed.weight != before["mf_item_embed.weight"]).any(1).nonzero().flatten()
     assert set(changed.tolist()) <= seen
     assert len(changed) > 70

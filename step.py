@@ -1,0 +1,227 @@
+"""One optimizer step on a batch: forward, backward, exchange between processes, update.
+
+Where PyTorch can compile, the parts of a step are compiled; on a GPU the whole step is captured once, as a CUDA
+graph, and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distiller.quantization.train_aware import is_quantization_aware
+from neumf import NeuMF
+from optim import LazyAdam
+from processes import Processes
+from sampling import Batch, Distinct
+
+PRECISIONS = ("fp32", "bf16")
+WARM_UP_STEPS = (
+    3  # before a capture, as PyTorch's notes on CUDA graphs have it: kernels are chosen and memory taken
+)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older releases of PyTorch cannot tell; what they cannot tell of is not assumed.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Why ``torch.compile`` does not work here, in one line; None where it does."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except RuntimeError as error:  # a compiler that is missing or broken
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+class Step:
+    """Takes optimizer steps.
+
+    Args:
+        model: A NeuMF, float or prepared for quantization-aware training.
+        optimizer: Over its parameters. With ``LazyAdam``, steps after its dense ones touch a batch's rows alone,
+            unless the model is quantization-aware: it rounds by the range of the whole table.
+        precision: Of the matrix products, one of ``PRECISIONS``. Weights, their gradients and the optimizer's
+            state are float32.
+        compiled: Compute with ``torch.compile``.
+        processes: That share each batch.
+    """
+
+    def __init__(
+        self,
+        model: NeuMF,
+        optimizer: torch.optim.Optimizer,
+        precision: str = "fp32",
+        compiled: bool = False,
+        processes: Processes | None = None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = precision
+        self.processes = processes or Processes()
+        self._loss = self._mean_loss if not isinstance(optimizer, LazyAdam) else self._mean_loss_of_rows
+        if compiled:
+            self._loss = torch.compile(self._loss, dynamic=False, fullgraph=True)
+            if isinstance(optimizer, LazyAdam):
+                optimizer.compile()
+        self._capture = None
+        # Between processes the exchange keeps a step from being captured whole.
+        if next(model.parameters()).is_cuda and self.processes.world_size == 1:
+            self._capture = Capture(self._lazy_step)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Take a step; the mean loss of its samples in all processes before it, (), float32."""
+        self.model.train()
+        if (
+            not isinstance(self.optimizer, LazyAdam)
+            or self.optimizer.dense
+            or is_quantization_aware(self.model)
+        ):
+            return self._dense_step(batch)
+        self.optimizer.begin()
+        if self._capture is None:
+            return self._lazy_step(batch)
+        return self._capture(batch, rate=self.optimizer.param_groups[0]["lr"])
+
+    def _dense_step(self, batch: Batch) -> Tensor:
+        model = self.model
+        self.optimizer.zero_grad()
+        embeddings = (
+            model.mf_user_embed(batch.users),
+            model.mf_item_embed(batch.items),
+            model.mlp_user_embed(batch.users),
+            model.mlp_item_embed(batch.items),
+        )
+        # Not worth compiling for a lazy optimizer's first steps; what rounds changes from batch to batch.
+        plain = isinstance(self.optimizer, LazyAdam) or is_quantization_aware(model)
+        loss = (self._mean_loss if plain else self._loss)(*embeddings, batch.labels, batch.weights)
+        loss.backward()
+        loss = loss.detach()
+        if self.processes.world_size > 1:
+            self._exchange_dense(loss, batch)
+        self.optimizer.step()
+        return loss
+
+    def _exchange_dense(self, loss: Tensor, batch: Batch) -> None:
+        """Sum loss and gradients over all processes; of the tables' gradients the rows that any of them touched."""
+        touched = [
+            (table.grad, ids.rows)
+            for tables, ids in zip(
+                self.model.tables(), (batch.distinct_users, batch.distinct_items), strict=True
+            )
+            for table in tables
+        ]
+        gradients = [gradient[rows] for gradient, rows in touched]
+        self.processes.sum([loss, *gradients, *self._gradients_of_layers()])
+        for (whole, rows), gradient in zip(touched, gradients, strict=True):
+            whole[rows] = gradient
+
+    def _gradients_of_layers(self) -> list[Tensor]:
+        """Of all that is no embedding table."""
+        tables = {id(table) for tables in self.model.tables() for table in tables}
+        return [parameter.grad for parameter in self.model.parameters() if id(parameter) not in tables]
+
+    def _lazy_step(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad()
+        fetched = self.optimizer.fetch([batch.distinct_users, batch.distinct_items])
+        users, items = (part.embeddings.requires_grad_() for part in fetched)
+        loss = self._loss(users, items, batch.labels, batch.weights)
+        loss.backward()
+        loss = loss.detach()
+        gradients = [
+            gradient_of_rows(users.grad, batch.distinct_users),
+            gradient_of_rows(items.grad, batch.distinct_items),
+        ]
+        self.processes.sum([loss, *gradients, *self._gradients_of_layers()])
+        self.optimizer.step()
+        self.optimizer.update(fetched, gradients)
+        return loss
+
+    def _mean_loss_of_rows(self, users: Tensor, items: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """The same of embeddings (N, F + L_0 / 2) side by side."""
+        mf_dim = self.model.mf_user_embed.weight.shape[1]
+        (mf_user, mlp_user), (mf_item, mlp_item) = (
+            rows.tensor_split([mf_dim], dim=1) for rows in (users, items)
+        )
+        return self._mean_loss(mf_user, mf_item, mlp_user, mlp_item, labels, weights)
+
+    def _mean_loss(
+        self,
+        mf_user: Tensor,
+        mf_item: Tensor,
+        mlp_user: Tensor,
+        mlp_item: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """Binary cross-entropy on logits, this process's part of the mean."""
+        bf16 = self.precision == "bf16"
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            logits = self.model.score(mf_user, mf_item, mlp_user, mlp_item)
+        losses = F.binary_cross_entropy_with_logits(logits.squeeze(1).float(), labels, reduction="none")
+        return losses @ weights
+
+
+def gradient_of_rows(gradients: Tensor, ids: Distinct) -> Tensor:
+    """Sum samples' gradients (N, D) over each distinct id: (R, D), where it stands first in ``rows``."""
+    rows = torch.zeros(len(ids.rows), gradients.shape[1], device=gradients.device)
+    return rows.index_add_(0, ids.slots, gradients)
+
+
+class Capture:
+    """A step as a CUDA graph: launched as a whole, without the host's work for each kernel.
+
+    Args:
+        step: Takes a batch and returns a loss on the GPU; the shapes of batches are always the same, and so are
+            the tensors that it changes. What the host computes in it is computed once.
+    """
+
+    def __init__(self, step: Callable[[Batch], Tensor]):
+        self._step = step
+        self._stream = torch.cuda.Stream()
+        self._rate: float | None = None
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """Take a step; with a new learning rate ``rate``, which the graph holds, capture it again."""
+        if rate != self._rate:
+            self._rate, self._graph, self._warm_up = rate, None, WARM_UP_STEPS
+        if self._warm_up:
+            self._warm_up -= 1
+            return self._beside(batch)
+        if self._graph is None:
+            self._record(batch)
+        for static, tensor in zip(tensors_of(self._batch), tensors_of(batch), strict=True):
+            static.copy_(tensor)
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _beside(self, batch: Batch) -> Tensor:
+        """Take the step on another stream, as a capture will."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            loss = self._step(batch)
+        current.wait_stream(self._stream)
+        return loss
+
+    def _record(self, batch: Batch) -> None:
+        self._batch = Batch(
+            *(part.clone() for part in batch[:4]),
+            *(Distinct(*(part.clone() for part in ids)) for ids in batch[4:]),
+        )
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            self._loss = self._step(self._batch)
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch, in a fixed order."""
+    return [*batch[:4], *batch.distinct_users, *batch.distinct_items]
