@@ -131,6 +131,10 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
     if args.param_hist:
         recording.require_matplotlib("--param-hist")
     schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
+    if schedule.quantizer is not None and processes.world_size > 1:
+        raise InputError(
+            "--compress: quantization-aware training is for one process, which tracks the ranges"
+        )
     args.precision = choose_precision(args, device, schedule)
     model, checkpoint = initial_model(args, start, split, schedule)
     optimizer = build_optimizer(args, model.to(device))
@@ -153,17 +157,10 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
         config = resolved_config(args, split, device, model) | {"compiled": compiled}
         if recorder is not None:
             recording.write_config(recorder.directory, config)
+        batches = TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device, processes)
         trainer = Trainer(
             Step(model, optimizer, args.precision, compiled, processes),
-            TrainingBatches(
-                split,
-                args.batch_size,
-                args.negative_samples,
-                args.seed,
-                device,
-                processes.rank,
-                processes.world_size,
-            ),
+            batches,
             split,
             recorder,
             config,
@@ -411,6 +408,8 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
 def main() -> None:
     args = parse_args()
     device = choose_device(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     processes = join_processes(device.type)
     if processes.first:
         recording.show_messages()

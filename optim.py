@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,8 @@ from torch.nn import functional as F
 
 from sampling import Distinct
 
-# The expansion's third-order term, relative to the sum, is about 2 beta1 / (1 - beta1)^3 / (2 t)^3 at step t, for the
-# bias correction of the second moment goes with t^(-1/2) at first. From here on it is below float32's rounding.
+# The expansion's third-order term falls with the bias correction of the second moment, from half of all movement in the
+# first steps to 4.5e-7 of it here, four roundings of float32, and to 2e-7 in the end. This is for Adam's usual betas.
 DENSE_STEPS = 1500
 ROWS_PER_BLOCK = 1 << 14  # brought up to date at once: the published model's take 38 MB
 
@@ -45,7 +46,8 @@ class Table(NamedTuple):
     """Embedding tables that are indexed alike, side by side, with their moments: a row is one piece of memory.
 
     Attributes:
-        values: (n, 3, D) float32: the weights, and the exponential averages of gradient and squared gradient.
+        values: (n, 3, D), the parameters' dtype: the weights, and the exponential averages of gradient and squared
+            gradient.
         last: (n,) int64, the step that each row was last moved in.
     """
 
@@ -58,9 +60,9 @@ class Fetched(NamedTuple):
 
     Attributes:
         ids: Which rows.
-        weights: (R, D) float32.
-        decays: (R, 2) float32, what the skipped steps leave of the two moments.
-        embeddings: (N, D) float32, every sample's row.
+        weights: (R, D), the parameters' dtype.
+        decays: (R, 2), likewise: what the skipped steps leave of the two moments.
+        embeddings: (N, D), likewise: every sample's row.
     """
 
     ids: Distinct
@@ -81,6 +83,14 @@ class Coefficients(NamedTuple):
     sums: Tensor
     corrections: Tensor
     log_q: Tensor
+
+
+class Settings(NamedTuple):
+    """Of Adam: what a row must be brought up to date with, as long as it lags."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
 
 
 def coefficients(lr: float, betas: tuple[float, float]) -> Coefficients:
@@ -116,21 +126,21 @@ def skipped_steps(table: Table, rows: Tensor, clock: Tensor, known: Coefficients
         known: Of the optimizer's learning rate.
 
     Returns:
-        (R, 3) float32: C_0, rho and C_2 / C_0 - rho^2; and (R, 2) float32: the moments' decays.
+        (R, 3): C_0, rho and C_2 / C_0 - rho^2; and (R, 2): the moments' decays. Both in the parameters' dtype.
     """
     since = table.last[rows]
     skipped = clock - since
     end = len(known.sums) - 1
     powers = torch.exp(skipped[:, None] * known.log_q)  # float64: the sums below cancel
     sums = known.sums[since.clamp(max=end)] - powers * known.sums[clock.clamp(max=end)]
-    none = skipped == 0
+    none = sums[:, 0] == 0  # no step skipped, or steps at a learning rate of zero
     total = torch.where(none, 1.0, sums[:, 0])
     mean = torch.where(none, 1.0, sums[:, 1] / total)
     variance = sums[:, 2] / total - mean.square()
     expansion = torch.stack([torch.where(none, 0.0, total), mean, torch.where(none, 0.0, variance)], dim=1)
     log_beta2 = known.log_q[2] - known.log_q[0]
     decays = torch.stack([powers[:, 0], torch.exp(skipped * log_beta2)], dim=1)
-    return expansion.float(), decays.float()
+    return expansion.to(table.values.dtype), decays.to(table.values.dtype)
 
 
 def caught_up(table: Table, rows: Tensor, expansion: Tensor, eps: float) -> Tensor:
@@ -172,14 +182,15 @@ def update_rows(
     Args:
         tables: Changed in place.
         fetched: Of ``fetch_rows`` in this step.
-        gradients: (R, D) float32 for each table, a row's where it stands first in ``rows``.
+        gradients: (R, D) for each table, a row's where it stands first in ``rows``.
         clock: (1,) int64.
         known: Of the optimizer's learning rate.
         betas: Of the moments.
         eps: Added to the denominator.
     """
     beta1, beta2 = betas
-    step_size, root = known.corrections[clock.clamp(max=len(known.corrections) - 1)].float().split(1, dim=1)
+    now = known.corrections[clock.clamp(max=len(known.corrections) - 1)]
+    step_size, root = now.to(tables[0].values.dtype).split(1, dim=1)
     for table, (ids, weights, decays, _), gradient in zip(tables, fetched, gradients, strict=True):
         rows, gradient = ids.rows, gradient[ids.first]  # where a row repeats, it is written alike
         first = table.values[rows, 1] * decays[:, :1]
@@ -200,14 +211,21 @@ class LazyAdam(torch.optim.Adam):
     parameters, whose tables have no gradient, and ``update`` the rows. From the first ``fetch`` to the next
     ``flush`` the tables lag behind. ``state_dict`` flushes; it is Adam's, and each loads the other's.
 
-    Changes of the learning rate take effect with the next step, at the cost of bringing all rows up to date.
+    Changes of the learning rate, the betas or eps take effect with the next step, at the cost of bringing all rows up
+    to date.
+
+    Attributes:
+        version: Another one whenever a CUDA graph of a step no longer holds: after such a change and a loaded state.
 
     Args:
         params: All parameters, in the order that Adam would be given them.
-        tables: Embedding tables among ``params``, (n, D_i) float32 each; those indexed alike in one sequence.
+        tables: Embedding tables among ``params``, (n, D_i) each; those indexed alike in one sequence.
         lr: Learning rate.
         betas: Decays of the moments; the paper's defaults.
         eps: Added to the denominator; the paper's default.
+
+    Raises:
+        ValueError: parameter groups in place of parameters.
     """
 
     def __init__(
@@ -219,15 +237,17 @@ class LazyAdam(torch.optim.Adam):
         eps: float = 1e-8,
     ):
         params = list(params)
+        if not all(isinstance(parameter, Tensor) for parameter in params):
+            raise ValueError("lazy Adam takes parameters, not groups of them")
         on_gpu = params[0].is_cuda
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True, capturable=on_gpu)
         self._parameters = [list(alike) for alike in tables]
-        in_tables = {id(parameter) for alike in self._parameters for parameter in alike}
-        self._clock_parameter = next(parameter for parameter in params if id(parameter) not in in_tables)
         self._dense_steps_left = DENSE_STEPS
         self._fetch, self._update = fetch_rows, update_rows
         self._tables: list[Table] | None = None  # made when first needed, and then kept for CUDA graphs
+        self._settings: Settings | None = None  # those that rows lag at
         self._lagging = False
+        self.version = 0
 
     @property
     def dense(self) -> bool:
@@ -241,13 +261,14 @@ class LazyAdam(torch.optim.Adam):
 
     def step(self, closure: Any = None) -> Any:
         """Adam's step for all parameters that have a gradient."""
+        if self._lagging and any(parameter.grad is not None for parameter in chain(*self._parameters)):
+            self.flush()
         self._dense_steps_left -= 1
         return super().step(closure)
 
     def begin(self) -> None:
-        """Make ready for lazy steps at the current learning rate; ``fetch`` does so by itself."""
-        group = self.param_groups[0]
-        if self._lagging and self._settings != (float(group["lr"]), group["betas"]):
+        """Make ready for lazy steps at the current settings; ``fetch`` does so by itself."""
+        if self._lagging and self._settings != self._current_settings():
             self.flush()
         if not self._lagging:
             self._load()
@@ -260,8 +281,7 @@ class LazyAdam(torch.optim.Adam):
             batches: The distinct ids of the batch, for each sequence of ``tables``.
         """
         self.begin()
-        eps = self.param_groups[0]["eps"]
-        return self._fetch(self._tables, batches, self._clock, self._known, eps)
+        return self._fetch(self._tables, batches, self._clock, self._known, self._settings.eps)
 
     @torch.no_grad()
     def update(self, fetched: Sequence[Fetched], gradients: Sequence[Tensor]) -> None:
@@ -269,23 +289,22 @@ class LazyAdam(torch.optim.Adam):
 
         Args:
             fetched: What it returned.
-            gradients: (R, D) float32 for each, a row's where it stands first in ``rows``.
+            gradients: (R, D) for each, a row's where it stands first in ``rows``.
         """
-        group = self.param_groups[0]
-        self._update(self._tables, fetched, gradients, self._clock, self._known, group["betas"], group["eps"])
+        betas, eps = self._settings.betas, self._settings.eps
+        self._update(self._tables, fetched, gradients, self._clock, self._known, betas, eps)
 
     @torch.no_grad()
     def flush(self) -> None:
         """Bring all rows of all tables up to date."""
         if not self._lagging:
             return
-        eps = self.param_groups[0]["eps"]
         for table, parameters in zip(self._tables, self._parameters, strict=True):
             for start in range(0, len(table.last), ROWS_PER_BLOCK):
                 block = Table(*(part[start : start + ROWS_PER_BLOCK] for part in table))
                 rows = torch.arange(len(block.last), device=block.last.device)
                 expansion, decays = skipped_steps(block, rows, self._clock, self._known)
-                weights = caught_up(block, rows, expansion, eps)
+                weights = caught_up(block, rows, expansion, self._settings.eps)
                 moments = block.values[:, 1:] * decays[:, :, None]
                 self._store(parameters, start, torch.cat([weights[:, None], moments], dim=1))
             for parameter in parameters:
@@ -305,12 +324,17 @@ class LazyAdam(torch.optim.Adam):
         """Take the tables back to a value of ``lagging``, which belongs to the weights and the state that are here.
 
         Raises:
-            ValueError: tables of other shapes.
+            ValueError: tables of other shapes, or rows that moved in no step that was.
         """
+        if tables is self._tables:
+            self._lagging = True
+            return
         self._load()
         for own, (values, last) in zip(self._tables, tables, strict=True):
             if (values.shape, last.shape) != (own.values.shape, own.last.shape):
                 raise ValueError("rows of other shapes than the tables")
+            if last.min() < 0 or last.max() > self._clock.item():
+                raise ValueError("rows that moved in no step that was")
             own.values.copy_(values)
             own.last.copy_(last)
 
@@ -323,33 +347,43 @@ class LazyAdam(torch.optim.Adam):
         """Take over an Adam's state, from here or from ``torch.optim.Adam``.
 
         Raises:
-            ValueError: of other parameters, or with a weight decay or AMSGrad, which lazy rows do not have.
+            ValueError: of other parameters, or of an Adam with weight decay, AMSGrad or maximizing, which rows that
+                are not touched would not follow.
         """
         for group in state_dict["param_groups"]:
-            if group.get("weight_decay") or group.get("amsgrad"):
-                raise ValueError("lazy Adam has neither weight decay nor AMSGrad")
+            for setting in ("weight_decay", "amsgrad", "maximize"):
+                if group.get(setting):
+                    raise ValueError(f"lazy Adam has no {setting}")
+        for number, parameter in enumerate(self.param_groups[0]["params"]):
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = state_dict["state"].get(number, {}).get(name, parameter)
+                if moment.shape != parameter.shape:
+                    raise ValueError(f"{name} of shape {tuple(moment.shape)} for {tuple(parameter.shape)}")
         # How to compute, unlike what, is this optimizer's own.
         own = {name: self.param_groups[0][name] for name in ("fused", "foreach", "capturable")}
         groups = [{**group, **own} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._lagging = False
-        taken = self.state[self._clock_parameter].get("step", torch.zeros(()))
-        self._dense_steps_left = DENSE_STEPS - int(taken)
+        self._dense_steps_left = DENSE_STEPS - int(self.state[self._parameters[0][0]].get("step", 0))
+        self.version += 1
+
+    def _current_settings(self) -> Settings:
+        group = self.param_groups[0]
+        return Settings(float(group["lr"]), tuple(group["betas"]), group["eps"])
 
     @torch.no_grad()
     def _load(self) -> None:
         """Fill the tables from weights and state, all of which are up to date."""
-        group = self.param_groups[0]
-        self._settings = (float(group["lr"]), group["betas"])
-        device = self._clock_parameter.device
-        known = [part.to(device) for part in coefficients(*self._settings)]
+        first = self._parameters[0][0]
+        if self._settings != self._current_settings():
+            self._settings = self._current_settings()
+            known = coefficients(self._settings.lr, self._settings.betas)
+            self._known = Coefficients(*(part.to(first.device) for part in known))
+            self.version += 1
         if self._tables is None:
             self._tables = [self._empty_table(parameters) for parameters in self._parameters]
-            self._clock = torch.empty(1, dtype=torch.int64, device=device)
-            self._known = Coefficients(*known)
-        for mine, new in zip(self._known, known, strict=True):
-            mine.copy_(new)
-        self._clock.copy_(self.state[self._clock_parameter]["step"])
+            self._clock = torch.empty(1, dtype=torch.int64, device=first.device)
+        self._clock.copy_(self.state[first]["step"])
         for table, parameters in zip(self._tables, self._parameters, strict=True):
             start = 0
             for parameter in parameters:
@@ -362,7 +396,7 @@ class LazyAdam(torch.optim.Adam):
 
     def _empty_table(self, parameters: Sequence[nn.Parameter]) -> Table:
         rows, width = len(parameters[0]), sum(parameter.shape[1] for parameter in parameters)
-        values = torch.empty(rows, 3, width, device=parameters[0].device)
+        values = parameters[0].new_empty(rows, 3, width, requires_grad=False)
         return Table(values, torch.empty(rows, dtype=torch.int64, device=values.device))
 
     def _parts(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:

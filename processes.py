@@ -85,8 +85,6 @@ def join_processes(device_type: str) -> Processes:
     """
     if not dist.is_torchelastic_launched():
         return Processes()
-    if device_type == "cuda":
-        torch.cuda.set_device(local_rank())
     try:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     except (RuntimeError, ValueError) as error:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dataset import Split
+from processes import Processes
 
 Argument, Result = TypeVar("Argument"), TypeVar("Result")
 
@@ -136,8 +137,7 @@ class TrainingBatches:
         negatives_per_positive: Negatives drawn for each positive.
         seed: An epoch's batches depend on this and on the epoch's number alone.
         device: Where batches are drawn and handed out. On the CPU the next window is drawn in a thread beside.
-        rank: Which of the processes this is. All draw the same batches; each hands out its own samples.
-        world_size: How many processes share each batch.
+        processes: That share each batch. All draw the same ones; each hands out its own samples.
     """
 
     # 1.3 M samples with the default 4 negatives: 70 MB, and hundreds of batches to be spread over.
@@ -150,8 +150,7 @@ class TrainingBatches:
         negatives_per_positive: int,
         seed: int,
         device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
+        processes: Processes | None = None,
     ):
         self._users = torch.from_numpy(split.train_users.astype(np.int32)).to(device)
         self._items = torch.from_numpy(split.train_items.astype(np.int32)).to(device)
@@ -163,7 +162,8 @@ class TrainingBatches:
         self._rows = (min(batch_size, split.nb_users), min(batch_size, split.nb_items))
         self._seed = seed
         self._device = torch.device(device)
-        self._own = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
+        own = (processes or Processes()).share(batch_size)
+        self._own = slice(own.start, own.stop)
         # A window's samples are whole batches.
         unit = batch_size // gcd(batch_size, 1 + negatives_per_positive)
         self._positives_per_window = -(-self.WINDOW // unit) * unit
@@ -177,9 +177,9 @@ class TrainingBatches:
         """Batches in an epoch."""
         return -(-self.nb_samples // self.batch_size)
 
-    def size(self, batch: int) -> int:
-        """Samples in an epoch's batch of that number: fewer in the last one."""
-        return min(self.batch_size, self.nb_samples - batch * self.batch_size)
+    def samples_in(self, start: int, stop: int) -> int:
+        """Samples in an epoch's batches number ``start`` .. ``stop`` - 1: the last one has what is left."""
+        return min(stop * self.batch_size, self.nb_samples) - start * self.batch_size
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Yield the epoch's batches from number ``skip`` on."""

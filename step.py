@@ -49,8 +49,8 @@ class Step:
         model: A NeuMF, float or prepared for quantization-aware training.
         optimizer: Over its parameters. With ``LazyAdam``, steps after its dense ones touch a batch's rows alone,
             unless the model is quantization-aware: it rounds by the range of the whole table.
-        precision: Of the matrix products, one of ``PRECISIONS``. Weights, their gradients and the optimizer's
-            state are float32.
+        precision: Of the matrix products, one of ``PRECISIONS``: "fp32" leaves them in the weights' own. Weights,
+            their gradients and the optimizer's state stay as they are.
         compiled: Compute with ``torch.compile``.
         processes: That share each batch.
     """
@@ -78,18 +78,17 @@ class Step:
             self._capture = Capture(self._lazy_step)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Take a step; the mean loss of its samples in all processes before it, (), float32."""
+        """Take a step; the mean loss of its samples in all processes before it, ()."""
         self.model.train()
-        if (
-            not isinstance(self.optimizer, LazyAdam)
-            or self.optimizer.dense
-            or is_quantization_aware(self.model)
-        ):
+        if not isinstance(self.optimizer, LazyAdam):
+            return self._dense_step(batch)
+        if self.optimizer.dense or is_quantization_aware(self.model):
+            self.optimizer.flush()
             return self._dense_step(batch)
         self.optimizer.begin()
         if self._capture is None:
             return self._lazy_step(batch)
-        return self._capture(batch, rate=self.optimizer.param_groups[0]["lr"])
+        return self._capture(batch, self.optimizer.version)
 
     def _dense_step(self, batch: Batch) -> Tensor:
         model = self.model
@@ -166,13 +165,14 @@ class Step:
         bf16 = self.precision == "bf16"
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             logits = self.model.score(mf_user, mf_item, mlp_user, mlp_item)
-        losses = F.binary_cross_entropy_with_logits(logits.squeeze(1).float(), labels, reduction="none")
-        return losses @ weights
+        # bfloat16 logits back to what the loss is computed in, and labels to the same.
+        logits, labels = logits.squeeze(1).to(mf_user.dtype), labels.to(mf_user.dtype)
+        return (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).sum()
 
 
 def gradient_of_rows(gradients: Tensor, ids: Distinct) -> Tensor:
     """Sum samples' gradients (N, D) over each distinct id: (R, D), where it stands first in ``rows``."""
-    rows = torch.zeros(len(ids.rows), gradients.shape[1], device=gradients.device)
+    rows = gradients.new_zeros(len(ids.rows), gradients.shape[1])
     return rows.index_add_(0, ids.slots, gradients)
 
 
@@ -187,12 +187,12 @@ class Capture:
     def __init__(self, step: Callable[[Batch], Tensor]):
         self._step = step
         self._stream = torch.cuda.Stream()
-        self._rate: float | None = None
+        self._version: int | None = None
 
-    def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """Take a step; with a new learning rate ``rate``, which the graph holds, capture it again."""
-        if rate != self._rate:
-            self._rate, self._graph, self._warm_up = rate, None, WARM_UP_STEPS
+    def __call__(self, batch: Batch, version: int) -> Tensor:
+        """Take a step; with another ``version`` of what the step does, capture it again."""
+        if version != self._version:
+            self._version, self._graph, self._warm_up = version, None, WARM_UP_STEPS
         if self._warm_up:
             self._warm_up -= 1
             return self._beside(batch)

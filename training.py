@@ -133,7 +133,7 @@ class Trainer:
                 self.schedule.epoch_end(epoch, metrics.hr)
                 self.progress.epoch, self.progress.step = epoch + 1, 0
             self._save(epoch, metrics, lagging)
-            samples_per_s = (done - first_step) * self.batches.batch_size / train_time_s
+            samples_per_s = self.batches.samples_in(first_step, done) / train_time_s
             times = {"train_time_s": train_time_s, "val_time_s": val_time_s}
             self._record({"epoch": epoch, "steps": done}, metrics, average_loss, samples_per_s, times)
             log.info(
@@ -167,7 +167,7 @@ class Trainer:
                 if progress.step == last or (progress.step % self.log_freq == 0 and due):
                     loss_sum += self._sum_of(losses)
                     latest, losses = losses[-1].item(), []
-                    average = loss_sum / sum(map(self.batches.size, range(first, progress.step)))
+                    average = loss_sum / self.batches.samples_in(first, progress.step)
                     self._show(bar, latest, average)
                     updated = time.perf_counter()
                 if progress.step == last:
@@ -186,7 +186,7 @@ class Trainer:
                 raise InputError(
                     f"the loss is {loss} in epoch {self.progress.epoch}, step {step + 1}{self._last_good()}"
                 )
-            total += loss * self.batches.size(step)
+            total += loss * self.batches.samples_in(step, step + 1)
         return total
 
     def _last_good(self) -> str:

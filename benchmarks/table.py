@@ -9,11 +9,8 @@ published recipe. A model that is already in --out is used, and trained to its e
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import os
-import platform
 import re
 import shlex
 import subprocess
@@ -21,8 +18,7 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
-
+from benchmarks.machine import machine
 from dataset import Split, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import ArgumentParser, InputError, run
@@ -135,18 +131,8 @@ def protocol(split: Split, args: argparse.Namespace) -> str:
         f"{drawn[split.distinct_negatives]}; ties count against the test item. Layers "
         f"{' '.join(map(str, args.layers))}, {args.factors} factors, batch {args.batch_size}, learning rate "
         f"{args.learning_rate}, the best of {args.epochs} epochs by HR@10, seeds "
-        f"{' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {processor()}, "
-        f"{os.cpu_count()} processors, torch {torch.__version__}, {datetime.date.today().isoformat()}."
+        f"{' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {machine()}."
     )
-
-
-def processor() -> str:
-    """The processor's name, as Linux or Python knows it."""
-    try:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def parse_args() -> argparse.Namespace:

@@ -1123,3 +1123,136 @@ def test_load_goes_on_at_the_rate_of_the_checkpoint(ncf, split_dir, checkpoint, 
         after = load_checkpoint(out / "checkpoint.pth.tar")["optimizer_state_dict"]["param_groups"][0]["lr"]
         assert after == rate
     assert saved != 0.001  # which is the default without a checkpoint
+
+
+# --- how it trains ---
+
+
+def in_a_process(*arguments: object, **environment: str) -> str:
+    """What ``ncf.py`` prints in a process of its own, with ``torch.compile`` as it comes."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
+    command = [sys.executable, script.__file__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def largest_difference(first: str, second: str) -> float:
+    """Of any weight, between two runs."""
+    one, other = (weights(Path(directory)) for directory in (first, second))
+    return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_is_printed_and_recorded(ncf, split_dir, precision):
+    """In the first line, the configuration and the checkpoint; a resumed run keeps it."""
+    outcome = ncf(split_dir, *TRAIN, "--precision", precision, "-e", 1, "-o", "out")
+    assert f"{precision} matrix products" in lines(outcome.out)[0]
+    assert json.loads(Path("out/config.json").read_text())["precision"] == precision
+    content = load_checkpoint("out/checkpoint.pth.tar")
+    assert content["config"]["precision"] == precision
+    assert all(value.dtype == torch.float32 for value in content["state_dict"].values())
+    assert f"{precision} matrix products" in lines(ncf(split_dir, "--resume", "-e", 2, "-o", "out").out)[0]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_default_precision_is_what_the_processor_has(ncf, split_dir, monkeypatch, native):
+    """bf16 natively, else fp32; and it makes a difference."""
+    monkeypatch.setattr(script, "native_bf16", lambda device: native)
+    assert ncf(split_dir, *TRAIN, "-e", 1, "-o", "default").code == 0
+    for precision in ("fp32", "bf16"):
+        assert ncf(split_dir, *TRAIN, "-e", 1, "--precision", precision, "-o", precision).code == 0
+    assert largest_difference("default", "bf16" if native else "fp32") == 0
+    assert largest_difference("fp32", "bf16") > 0
+
+
+def test_bf16_does_not_go_with_quantization_aware_training(ncf, refused, split_dir, tmp_path):
+    """Asked for it is refused; by default such a run is in fp32."""
+    schedule = tmp_path / "qat.yaml"
+    quantizers = {"q": {"class": "NCFQuantAwareTrainQuantizer"}}
+    policies = [{"quantizer": {"instance_name": "q"}, "starting_epoch": 0, "ending_epoch": 9}]
+    schedule.write_text(yaml.safe_dump({"quantizers": quantizers, "policies": policies}))
+    flags = ["--compress", schedule, "-o", tmp_path / "out"]
+    refused([split_dir, *TRAIN, "--precision", "bf16", *flags], "--precision")
+    assert "fp32 matrix products" in ncf(split_dir, *TRAIN, "-e", 1, *flags).out
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--precision", "fp16"), ("--optimizer", "sgd")])
+def test_unknown_precision_or_optimizer_is_refused(refused, split_dir, flag, value):
+    """The line names the flag and the choices."""
+    refused([split_dir, flag, value], flag, value)
+
+
+@pytest.mark.parametrize("order", [["adam", "lazy-adam"], ["lazy-adam", "adam"]])
+@pytest.mark.parametrize("steps", [25, 38, 50])
+def test_run_goes_on_under_the_other_optimizer(ncf, split_dir, order, steps):
+    """From within an epoch and from its end, to the weights of a run that never changed."""
+    train = [split_dir, *TRAIN, "--precision", "fp32", "-e", 2]
+    for name in order:
+        assert ncf(*train, "--optimizer", name, "-o", f"whole-{name}").code == 0
+    assert ncf(*train, "--optimizer", order[0], "--max-steps", steps, "-o", "parts").code == 0
+    resumed = ncf(split_dir, "--resume", "--optimizer", order[1], "-o", "parts")
+    assert resumed.code == 0, resumed.err
+    assert resumed.out.startswith(f"Training with {order[1]}, ")
+    for name in order:
+        assert largest_difference("parts", f"whole-{name}") < 1e-3
+
+
+def test_lazy_adam_trains_the_weights_of_adam(ncf, split_dir):
+    """Small steps and few of them, so that rounding is not amplified."""
+    for name in ("adam", "lazy-adam"):
+        flags = ["-b", 512, "-l", 0.001, "--precision", "fp32", "--optimizer", name]
+        assert ncf(split_dir, *TRAIN, *flags, "-e", 5, "-o", name).code == 0
+    assert largest_difference("adam", "lazy-adam") < 1e-4
+    states = [load_checkpoint(f"{name}/checkpoint.pth.tar") for name in ("adam", "lazy-adam")]
+    assert [state["optimizer_type"] for state in states] == ["Adam", "LazyAdam"]
+    moments = [state["optimizer_state_dict"]["state"] for state in states]
+    for number, parts in moments[0].items():
+        assert {name: part.shape for name, part in parts.items()} == {
+            name: part.shape for name, part in moments[1][number].items()
+        }
+        assert parts["step"] == moments[1][number]["step"] == 5 * 19
+
+
+def test_damaged_lagging_rows_are_refused(ncf, split_dir):
+    """A line that names the file."""
+    assert ncf(split_dir, *TRAIN, "--max-steps", 25, "-o", "out").code == 0
+    path = Path("out/checkpoint.pth.tar")
+    content = load_checkpoint(path)
+    values, last = content["lagging_rows"][0]
+    late, early = last.clone(), last.clone()
+    late[0], early[0] = 26, -1
+    rows = [(values[:-1], last), (values, last[:-1]), (values, 3), (values, late), (values, early)]
+    for damaged in (3, [(values, last)], *([row, row] for row in rows)):
+        torch.save(content | {"lagging_rows": damaged}, path)
+        outcome = ncf(split_dir, "--resume", "-o", "out")
+        assert outcome.code == 2
+        assert lines(outcome.err)[-1].startswith(f"ncf.py: error: {path}: lagging_rows: ")
+
+
+def test_compiled_run_trains_what_an_uncompiled_one_does(split_dir):
+    """Beyond the dense steps, which are not compiled: 40 epochs and some."""
+    train = [split_dir, *TRAIN, "-l", 0.001, "--precision", "fp32", "-e", 42]
+    assert ", compiled, on cpu" in lines(in_a_process(*train, "-o", "compiled"))[0]
+    assert ", not compiled, on cpu" in lines(in_a_process(*train, "--no-compile", "-o", "eager"))[0]
+    assert json.loads(Path("compiled/config.json").read_text())["compiled"] is True
+    assert json.loads(Path("eager/config.json").read_text())["compiled"] is False
+    assert largest_difference("compiled", "eager") < 1e-2
+    results = [
+        Path(run, "valid_results.csv").read_text().splitlines()[-1].split(",")
+        for run in ("compiled", "eager")
+    ]
+    assert float(results[0][4]) == pytest.approx(float(results[1][4]), abs=1e-3)
+
+
+def test_without_a_compiler_it_runs_uncompiled_and_says_so(split_dir, tmp_path):
+    """In a line with the reason."""
+    cache = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    first, second, *rest = lines(
+        in_a_process(split_dir, *TRAIN, "-e", 1, "-o", "out", CXX="/bin/false", **cache)
+    )
+    assert first.startswith("Without torch.compile, which does not work here: ")
+    assert "compiler" in first
+    assert ", not compiled, on cpu" in second
+    assert len(rest) == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_split import tiny_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,23 +25,6 @@ from distiller.cli import InputError
 
 CSV_NAMES = ["train-ratings.csv", "test-ratings.csv", "test-negative.csv"]
 PICKLE = "split.pickle"
-
-
-def tiny_split() -> Split:
-    """Three users, six items."""
-    return Split(
-        nb_users=3,
-        nb_items=6,
-        train_users=np.array([0, 0, 1, 2, 2, 2], dtype=np.uint8),
-        train_items=np.array([0, 1, 5, 1, 2, 3], dtype=np.uint8),
-        test_items=np.array([4, 3, 5], dtype=np.uint8),
-        negatives=np.array([[2, 3], [0, 0], [4, 0]], dtype=np.uint8),
-        distinct_negatives=False,
-        seed=7,
-        digest="sha256:" + "0" * 64,
-        user_ids=np.array([10, 30, 20]),
-        item_ids=np.array([5, 4, 3, 2, 1, 9]),
-    )
 
 
 def assert_same(first: Split, second: Split, source_too: bool = True) -> None:

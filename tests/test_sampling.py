@@ -8,31 +8,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers_split import tiny_split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sampling
 from dataset import Split, load_split
+from processes import Processes
 from sampling import Batch, TrainingBatches, UnseenItems, distinct, one_ahead
 from step import tensors_of
-
-
-def tiny_split() -> Split:
-    """Three users, six items."""
-    return Split(
-        nb_users=3,
-        nb_items=6,
-        train_users=np.array([0, 0, 1, 2, 2, 2], dtype=np.uint8),
-        train_items=np.array([0, 1, 5, 1, 2, 3], dtype=np.uint8),
-        test_items=np.array([4, 3, 5], dtype=np.uint8),
-        negatives=np.array([[2, 3], [0, 0], [4, 0]], dtype=np.uint8),
-        distinct_negatives=False,
-        seed=7,
-        digest="",
-        user_ids=None,
-        item_ids=None,
-    )
-
 
 # --- unseen items ---
 
@@ -122,7 +106,8 @@ def test_epoch_has_every_positive_once_and_negatives_beside_it(split_dir, window
     assert batches.nb_samples == total
     assert len(epoch) == len(batches) == -(-total // batch_size)
     sizes = [len(real(batch)[0]) for batch in epoch]
-    assert sizes == [batches.size(number) for number in range(len(epoch))]
+    assert sizes == [batches.samples_in(number, number + 1) for number in range(len(epoch))]
+    assert sum(sizes[1:]) == batches.samples_in(1, len(epoch))
     assert sizes == [batch_size] * (len(epoch) - 1) + [(total - 1) % batch_size + 1]
 
     pairs = list(zip(split.train_users.tolist(), split.train_items.tolist(), strict=True))
@@ -277,7 +262,7 @@ def test_processes_share_the_batches_that_one_would_have(split_dir, world_size):
     split = load_split(split_dir)
     alone = list(TrainingBatches(split, 100, 4, seed=1).epoch(2, skip=50))
     shares = [
-        list(TrainingBatches(split, 100, 4, 1, "cpu", rank, world_size).epoch(2, skip=50))
+        list(TrainingBatches(split, 100, 4, 1, "cpu", Processes(rank, world_size)).epoch(2, skip=50))
         for rank in range(world_size)
     ]
     for whole, *parts in zip(alone, *shares, strict=True):
