@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Outcome, call, run_convert, run_ncf
+from torch.distributed.run import get_args_parser
 
 import convert
 import synthetic
-from benchmarks import table
+from benchmarks import table, training
 from benchmarks.table import figures_in, markdown
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
@@ -285,7 +286,7 @@ def flags_of(parse: Callable[[], object]) -> set[str]:
     """Every flag that a script's help names."""
     outcome = call("script", parse, ("--help",))
     assert outcome.code == 0
-    return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", outcome.out))
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9_-]*", outcome.out))
 
 
 def known_flags() -> dict[str, set[str]]:
@@ -294,6 +295,8 @@ def known_flags() -> dict[str, set[str]]:
         "convert.py": flags_of(convert.parse_args),
         "synthetic.py": flags_of(lambda: synthetic.parse_arguments(None)),
         "benchmarks.table": flags_of(table.parse_args),
+        "benchmarks.training": flags_of(training.parse_args),
+        "torchrun": flags_of(lambda: get_args_parser().parse_args()),
     }
 
 
@@ -309,9 +312,9 @@ def test_command_lines_of_the_readme_parse():
 
 
 def test_flags_in_the_readme_exist():
-    """Wherever it names one, in its own scripts."""
+    """Wherever it names one, in its own scripts or in torchrun."""
     text = (ROOT / "README.md").read_text()
-    found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+    found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
     assert found
     assert found <= set.union(*known_flags().values())
 
