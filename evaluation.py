@@ -15,12 +15,10 @@ from tqdm import tqdm
 from dataset import Split
 from distiller.cli import InputError
 from processes import Processes
+from scoring import PairScorer, Scorer
 
-# Pairs scored at once. The published model's widest activations, 4000 x 256 float32, then take 4 MB and stay in
-# the cache between layers: with four times as many, two Xeon cores scored 15 % fewer pairs a second in FP32 and 37 %
-# fewer in simulated INT8 (ml-1m, medians of 3 passes, 2026-11-23).
-# A GPU has no such cache, and wants few trips from the host.
-PAIRS_PER_BLOCK = {"cpu": 4_000, "cuda": 250_000}
+# Pairs ranked at once: a second's work of a processor at most, and little memory.
+PAIRS_PER_BLOCK = {"cpu": 64_000, "cuda": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -63,42 +61,30 @@ def candidate_items(split: Split, start: int, stop: int) -> Tensor:
 
 @torch.inference_mode()
 def score_candidates(
-    model: nn.Module,
-    split: Split,
-    users: range,
-    block: int | None = None,
-    device: torch.device | str = "cpu",
+    scorer: Scorer, split: Split, users: range, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Score users' candidates, ``block`` users at a time.
+    """Score users' candidates, block by block.
 
     Args:
-        model: Called as ``model(users, items, sigmoid=True)`` on (B * C,) int64 each.
+        scorer: What scores them.
         split: Whose candidates.
         users: Which users, one after the other.
-        block: Users at a time; ``users_per_block`` by default.
-        device: The model's.
+        device: The scorer's.
 
     Yields:
         Items (B, C) int64 and their scores (B, C), both on ``device``.
     """
-    block = block or users_per_block(split, device)
+    block = users_per_block(split, device)
     for start in range(users.start, users.stop, block):
         stop = min(start + block, users.stop)
         items = candidate_items(split, start, stop).to(device)
-        ids = torch.arange(start, stop, device=device).repeat_interleave(split.nb_candidates)
-        yield items, model(ids, items.flatten(), sigmoid=True).view_as(items)
+        yield items, scorer(torch.arange(start, stop, device=device), items)
 
 
-def score_all(
-    model: nn.Module,
-    split: Split,
-    nb_users: int,
-    block: int | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Score the candidates of the first ``nb_users``, for whoever watches the model at it."""
-    scored = score_candidates(model, split, range(nb_users), block, device)
-    blocks = -(-nb_users // (block or users_per_block(split, device)))
+def score_all(model: nn.Module, split: Split, nb_users: int, device: torch.device | str = "cpu") -> None:
+    """Call a model on the candidates of the first ``nb_users``, for whoever watches it at that."""
+    scored = score_candidates(PairScorer(model), split, range(nb_users), device)
+    blocks = -(-nb_users // users_per_block(split, device))
     for _ in tqdm(scored, total=blocks, desc="Score test users", unit="block"):
         pass
 
@@ -136,36 +122,32 @@ def rank_last(items: Tensor, scores: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module,
+    scorer: Scorer,
     split: Split,
     k: int = 10,
-    block: int | None = None,
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
 ) -> Metrics:
     """Rank every user's test item among her candidates, under a progress bar with the metrics so far.
 
     Args:
-        model: A NeuMF, float or quantized; put into evaluation mode.
+        scorer: What scores candidates.
         split: Users and candidates.
         k: The list's length.
-        block: Users scored at once. The result does not depend on it, but for the last bit of float products,
-            unless the model's arithmetic depends on the whole batch, as dynamic quantization's does: that takes 1.
-        device: The model's.
+        device: The scorer's.
         processes: That share the users. Each returns the metrics over all of them; the bar is the first one's, and
             has its own users' alone.
 
     Raises:
         InputError: a score is not finite.
     """
-    model.eval()
     processes = processes or Processes()
     users = processes.share(split.nb_users)
     ranks = torch.zeros(split.nb_users, dtype=torch.int64, device=device)
     done = users.start
     bar = tqdm(total=len(users), desc="Evaluate", unit="user", mininterval=0.5, disable=not processes.first)
     with bar:
-        for items, scores in score_candidates(model, split, users, block, device):
+        for items, scores in score_candidates(scorer, split, users, device):
             ranks[done : done + len(items)] = rank_last(items, scores)
             done += len(items)
             if bar.update(len(items)):

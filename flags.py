@@ -93,10 +93,10 @@ def add_training_flags(add: AddArgument) -> None:
     add(
         "--precision",
         choices=PRECISIONS,
-        help="of the matrix products in training; weights and Adam stay in fp32 (default: bf16 where the processor or "
-        "GPU has it natively, else fp32)",
+        help="of the matrix products; weights and Adam stay in fp32 (default: in training bf16 where the processor or "
+        "GPU has it natively, else and in evaluation fp32)",
     )
-    add("--no-compile", action="store_true", help="train without torch.compile")
+    add("--no-compile", action="store_true", help="compute without torch.compile")
     add("-s", "--seed", type=int, help="of initial weights and of samples (default: drawn, and recorded)")
     add("-t", "--threshold", type=float, metavar="HR", help="stop training once HR@K reaches this")
     add("--max-steps", **number, help="stop training after N steps, evaluate and save")
@@ -254,6 +254,14 @@ def check_combination(args: Namespace) -> None:
         raise InputError(f"--resume and {'--load' if args.load else '--overwrite'} exclude each other")
     if args.reset_optimizer and not args.load:
         raise InputError("--reset-optimizer needs --load: a checkpoint")
+    for flag, given in (
+        ("--quantize-eval", args.quantize_eval),
+        ("--eval-fp16", args.eval_fp16),
+        ("--qe-calibration", args.qe_calibration),
+        ("--activation-histograms", args.activation_histograms),
+    ):
+        if given and "precision" in args.given:
+            raise InputError(f"--precision and {flag} exclude each other")
     check_quantization(args)
 
 
@@ -262,7 +270,10 @@ def check_quantization(args: Namespace) -> None:
     source = args.qe_stats_file or args.qe_config_file or args.qe_dynamic
     if args.quantize_eval and not source and args.qe_bits_acts:
         raise InputError("--quantize-eval needs --qe-stats-file, --qe-dynamic or --qe-config-file")
-    beside = {"qe_stats_out", "qe_calibration"}
+    if args.qe_convert_pytorch and "qe_engine" in args.given and args.qe_engine != "integer":
+        raise InputError(f"--qe-convert-pytorch asks for integers, --qe-engine for {args.qe_engine}")
+    engine = {"qe_engine", "qe_convert_pytorch"} if args.evaluate else set()  # of a quantized model
+    beside = {"qe_stats_out", "qe_calibration"} | engine
     alone = sorted(name for name in args.given - beside if name.startswith("qe_"))
     if alone and not args.quantize_eval:
         raise InputError(f"--{alone[0].replace('_', '-')} needs --quantize-eval")

@@ -20,21 +20,27 @@ import neumf
 import recording
 from dataset import Split, load_split
 from distiller.calibration import STATS_FILE, TestFunction, collect_histograms, collect_quant_stats
-from distiller.checkpoint import load_checkpoint
+from distiller.checkpoint import load_checkpoint, save_checkpoint
 from distiller.cli import InputError, run
 from distiller.files import file_digest
 from distiller.quantization import PostTrainLinearQuantizer
+from distiller.quantization.integer import NotIntegerError
 from distiller.quantization.statistics import foreign_statistics, save_statistics
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule, prepare_quantization_aware
-from evaluation import evaluate, score_all, users_per_block
+from evaluation import evaluate, score_all
 from flags import PROG, parse_args
 from neumf import NeuMF
+from neumf_int8 import IntegerNeuMF
 from optim import LazyAdam
 from processes import Processes, join_processes, leave_processes, local_rank
 from sampling import TrainingBatches
+from scoring import PairScorer, Scorer, float_scorer
 from step import Step, native_bf16, why_not_compiled
 from training import Progress, Stop, Trainer, score_training_pairs
+
+# Where compiling, 10 s at first and 3 s once cached, saves as much: 0.2 us a pair on two Xeon cores (2026-11-23).
+PAIRS_WORTH_COMPILING = 40_000_000
 
 log = logging.getLogger("ncf")
 
@@ -53,14 +59,34 @@ def choose_device(args: Namespace) -> torch.device:
     return torch.device("cuda", args.gpus)
 
 
-def load_model(args: Namespace, path: str | Path, split: Split) -> tuple[NeuMF, dict[str, Any]]:
-    """The model of a checkpoint, its final layer as the flags have it, and the checkpoint.
+def load_model(args: Namespace, path: str | Path, checkpoint: dict[str, Any], split: Split) -> NeuMF:
+    """The float model of a checkpoint read from ``path``, its final layer as the flags have it.
 
     Raises:
         InputError: no checkpoint of a NeuMF, or its sizes are not the data's or the flags'.
     """
-    checkpoint = load_checkpoint(path)
+    if "quantizer" in checkpoint:
+        raise InputError(
+            f"--load: {path} is a quantized model: it can be evaluated, by --evaluate, and nothing else"
+        )
     weights = without_ranges(checkpoint["state_dict"])
+    sizes = fitting_sizes(weights, args, path, split)
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"--load: {path}: {name} holds values that are not finite: its training diverged"
+            )
+    if checkpoint.get("data_digest", split.digest) != split.digest and not args.resume:
+        warn_of_other_data(args, path)
+    model = NeuMF(**sizes | {"split_final": args.split_final})
+    model.load_state_dict(neumf.with_final_layer(weights, args.split_final))
+    return model
+
+
+def fitting_sizes(
+    weights: dict[str, torch.Tensor], args: Namespace, path: str | Path, split: Split
+) -> dict[str, Any]:
+    """The sizes of a model by its weights; an ``InputError`` unless they are the data's and the flags'."""
     try:
         sizes = neumf.sizes_from_state_dict(weights)
     except InputError as error:
@@ -73,16 +99,45 @@ def load_model(args: Namespace, path: str | Path, split: Split) -> tuple[NeuMF, 
     for name, size in (("factors", sizes["mf_dim"]), ("layers", sizes["mlp_layer_sizes"])):
         if name in args.given and getattr(args, name) != size:
             raise InputError(f"--{name}: {getattr(args, name)} asked for, but {path} has {size}")
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(
-                f"--load: {path}: {name} holds values that are not finite: its training diverged"
-            )
-    if checkpoint.get("data_digest", split.digest) != split.digest and not args.resume:
-        log.warning("%s was trained on other data than %s, or on a copy of it as CSV files", path, args.data)
-    model = NeuMF(**sizes | {"split_final": args.split_final})
-    model.load_state_dict(neumf.with_final_layer(weights, args.split_final))
-    return model, checkpoint
+    return sizes
+
+
+def warn_of_other_data(args: Namespace, path: str | Path) -> None:
+    log.warning("%s was trained on other data than %s, or on a copy of it as CSV files", path, args.data)
+
+
+def load_quantized(
+    args: Namespace, checkpoint: dict[str, Any], split: Split, device: torch.device
+) -> PostTrainLinearQuantizer:
+    """The quantized model of a checkpoint that a quantized evaluation left, with its settings.
+
+    Raises:
+        InputError: not a whole one, its sizes are not the data's or the flags', or flags would quantize it again.
+    """
+    for flag, given in (("--quantize-eval", args.quantize_eval), ("--eval-fp16", args.eval_fp16)):
+        if given:
+            raise InputError(f"{flag}: {args.load} is quantized already: --evaluate evaluates it")
+    if "precision" in args.given:
+        raise InputError(f"--precision: {args.load} is quantized")
+    weights = neumf.weights_of_quantized(checkpoint["state_dict"])
+    sizes = fitting_sizes(weights, args, args.load, split)
+    if "split_final" in args.given and not sizes["split_final"]:
+        raise InputError(
+            f"--split-final: the final layer of {args.load} is not split, and was quantized as it is"
+        )
+    if checkpoint.get("data_digest", split.digest) != split.digest:
+        warn_of_other_data(args, args.load)
+    model = NeuMF(**sizes).to(device)
+    try:
+        return PostTrainLinearQuantizer.from_checkpoint(model, checkpoint, dummy_input(device))
+    except InputError as error:
+        raise InputError(f"--load: {args.load}: {error}") from error
+
+
+def dummy_input(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Arguments of the model's forward, for tracing it."""
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    return index, index, True
 
 
 def restore_rounding(model: NeuMF, checkpoint: dict[str, Any], args: Namespace) -> None:
@@ -207,7 +262,8 @@ def initial_model(
         with torch.device("meta"):
             schedule.check(NeuMF(*sizes))
         return NeuMF(*sizes), None
-    model, checkpoint = load_model(args, start, split)
+    checkpoint = load_checkpoint(start)
+    model = load_model(args, start, checkpoint, split)
     schedule.check(copy.deepcopy(model))
     before = checkpoint.get("quantization_aware")
     if args.resume and before is not None and before != schedule.quantizer:
@@ -344,7 +400,7 @@ def calibration_pass(args: Namespace, split: Split, device: torch.device, share:
 
 def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
     """Collect statistics of activations for ``--qe-stats-file``."""
-    model, _ = load_model(args, args.load, split)
+    model = load_model(args, args.load, load_checkpoint(args.load), split)
     test_fn = calibration_pass(args, split, device, args.qe_calibration)
     directory = recording.open_run_directory(args.out_dir, args.name, device)
     statistics = collect_quant_stats(model.to(device), test_fn, rows_per_batch=split.nb_candidates)
@@ -364,7 +420,7 @@ def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
 def draw_activation_histograms(args: Namespace, split: Split, device: torch.device) -> None:
     """Histograms of every layer's output, to TensorBoard and as pictures."""
     recording.require_matplotlib("--activation-histograms")
-    model, _ = load_model(args, args.load, split)
+    model = load_model(args, args.load, load_checkpoint(args.load), split)
     test_fn = calibration_pass(args, split, device, args.activation_histograms)
     directory = recording.open_run_directory(args.out_dir, args.name, device)
     statistics = collect_quant_stats(model.to(device), test_fn, rows_per_batch=split.nb_candidates)
@@ -374,35 +430,94 @@ def draw_activation_histograms(args: Namespace, split: Split, device: torch.devi
     log.info("Histograms of %d layers written to %s", len(histograms), directory)
 
 
-def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
-    """Evaluate in FP32, in half precision, or quantized."""
-    model, checkpoint = load_model(args, args.load, split)
-    if checkpoint.get("quantization_aware") is not None and not args.quantize_eval:
-        if args.eval_fp16:
-            raise InputError(f"--eval-fp16: {args.load} was trained to round in float32")
+def quantize(args: Namespace, model: NeuMF, device: torch.device) -> PostTrainLinearQuantizer:
+    """Quantize a model as the flags ask."""
+    quantizer = PostTrainLinearQuantizer.from_args(model.to(device), args)
+    why = foreign_statistics(model, quantizer.statistics or {})
+    if why:
+        log.warning("--qe-stats-file seems to belong to another model: %s", why)
+    quantizer.prepare_model(dummy_input(device))
+    return quantizer
+
+
+def quantized_scorer(args: Namespace, quantizer: PostTrainLinearQuantizer, compiled: bool) -> Scorer:
+    """What scores with a quantized model: in integers where it can and may, else simulated in floats."""
+    engine = "integer" if args.qe_convert_pytorch else args.qe_engine
+    if engine != "simulate":
+        try:
+            return IntegerNeuMF(quantizer.model, compiled)
+        except NotIntegerError as error:
+            if engine == "integer":
+                raise InputError(f"--qe-engine integer: {error}") from error
+            log.info("INT8 is simulated in floats: %s", error)
+    return PairScorer(quantizer.model, one_user=quantizer.dynamic)
+
+
+def unquantized_scorer(
+    args: Namespace, model: NeuMF, checkpoint: dict[str, Any], device: torch.device, compiled: bool
+) -> Scorer:
+    """What scores with a float model: in float32, bfloat16 or half precision, or rounding as it was trained to."""
+    if "qe_engine" in args.given or args.qe_convert_pytorch:
+        raise InputError(f"--qe-engine: {args.load} is not quantized: --quantize-eval quantizes it")
+    if checkpoint.get("quantization_aware") is not None:
+        for flag, given in (("--eval-fp16", args.eval_fp16), ("--precision", args.precision == "bf16")):
+            if given:
+                raise InputError(f"{flag}: {args.load} was trained to round in float32")
         restore_rounding(model, checkpoint, args)
         log.info("Evaluated as trained: quantization-aware, with rounded weights and activations")
     model.to(device)
-    block = users_per_block(split, device)
+    if args.eval_fp16:
+        return float_scorer(model.half())
+    bf16 = args.precision == "bf16"
+    return float_scorer(model, torch.bfloat16 if bf16 else None, compiled and bf16)
+
+
+def worth_compiling(args: Namespace, split: Split, device: torch.device) -> bool:
+    """Whether compiling an evaluation of integers or bfloat16 takes less time than it saves, and is wanted.
+
+    On a GPU it would contract a product and a sum into one operation, and round otherwise than the simulation.
+    """
+    pairs = split.nb_users * split.nb_candidates
+    return device.type == "cpu" and pairs >= PAIRS_WORTH_COMPILING and choose_compilation(args, device)
+
+
+def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
+    """Evaluate in FP32, in half precision, or quantized; a model that is quantized here is kept."""
+    checkpoint = load_checkpoint(args.load)
+    compiled = worth_compiling(args, split, device)
     quantizer = None
-    if args.quantize_eval:
-        quantizer = PostTrainLinearQuantizer.from_args(model, args)
-        why = foreign_statistics(model, quantizer.statistics or {})
-        if why:
-            log.warning("--qe-stats-file seems to belong to another model: %s", why)
-        index = torch.zeros(1, dtype=torch.int64, device=device)
-        quantizer.prepare_model((index, index, True))
-        if quantizer.dynamic:
-            block = 1  # as calibration has it, a batch is one user's candidates
-    elif args.eval_fp16:
-        model.half()
+    if "quantizer" in checkpoint:
+        quantizer = load_quantized(args, checkpoint, split, device)
+    else:
+        model = load_model(args, args.load, checkpoint, split)
+        if args.quantize_eval:
+            quantizer = quantize(args, model, device)
+    if quantizer:
+        scorer = quantized_scorer(args, quantizer, compiled)
+    else:
+        scorer = unquantized_scorer(args, model, checkpoint, device, compiled)
     if processes.first:
         directory = recording.open_run_directory(args.out_dir, args.name, device)
         if quantizer:
             quantizer.save(directory)
+            if args.quantize_eval:
+                save_quantized(args, quantizer, split, directory)
     start = time.perf_counter()
-    metrics = evaluate(model, split, args.topk, block, device, processes)
+    metrics = evaluate(scorer, split, args.topk, device, processes)
     log.info("Initial %s, val_time = %.2f", metrics, time.perf_counter() - start)
+
+
+def save_quantized(
+    args: Namespace, quantizer: PostTrainLinearQuantizer, split: Split, directory: Path
+) -> None:
+    """Leave the quantized model in the run's directory, for ``--load``."""
+    origin = {
+        "arch": "NeuMF",
+        "float_digest": file_digest(args.load),
+        "data_digest": split.digest,
+        "command": recording.command_line(),
+    }
+    save_checkpoint(directory / recording.QUANTIZED, origin | quantizer.checkpoint())
 
 
 def main() -> None:

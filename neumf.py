@@ -159,6 +159,12 @@ def sizes_from_state_dict(state_dict: StateDict) -> dict:
     return arguments
 
 
+def weights_of_quantized(state_dict: StateDict) -> dict[str, Tensor]:
+    """A prepared model's tensors in the places of weights, whether integers or not, by the weights' names."""
+    names = {key: key.replace(".module.", ".") for key in state_dict if key.endswith((".weight", ".bias"))}
+    return {name: state_dict[key] for key, name in names.items()}
+
+
 def _text(shape: torch.Size | None) -> str:
     return "absent" if shape is None else str(tuple(shape))
 

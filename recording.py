@@ -23,7 +23,7 @@ from distiller.calibration import histogram_range
 from distiller.cli import InputError
 from distiller.files import atomic_write
 
-CHECKPOINT, BEST = "checkpoint.pth.tar", "best.pth.tar"
+CHECKPOINT, BEST, QUANTIZED = "checkpoint.pth.tar", "best.pth.tar", "quantized.pth.tar"
 CONFIG, RESULTS, LOG = "config.json", "valid_results.csv", "ncf.log"
 
 PICTURES = "histograms"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distiller.hardware import cpu_has
 from distiller.quantization.train_aware import is_quantization_aware
 from neumf import NeuMF
 from optim import LazyAdam
@@ -28,9 +29,7 @@ def native_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Older releases of PyTorch cannot tell; what they cannot tell of is not assumed.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return cpu_has("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def why_not_compiled(device: torch.device) -> str | None:

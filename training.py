@@ -23,6 +23,7 @@ from evaluation import Metrics, evaluate
 from optim import LazyAdam, Table
 from recording import BEST, CHECKPOINT, Recorder
 from sampling import TrainingBatches
+from scoring import float_scorer
 from step import Step
 
 log = logging.getLogger("ncf")
@@ -125,9 +126,8 @@ class Trainer:
             steps_left -= done - first_step
 
             start = time.perf_counter()
-            metrics = evaluate(
-                self.model, self.split, self.k, device=self.device, processes=self.step.processes
-            )
+            scorer = float_scorer(self.model)
+            metrics = evaluate(scorer, self.split, self.k, self.device, self.step.processes)
             val_time_s = time.perf_counter() - start
             if whole:
                 self.schedule.epoch_end(epoch, metrics.hr)

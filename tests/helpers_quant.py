@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from distiller.quantization import PostTrainLinearQuantizer, add_post_train_quant_args
 from neumf import NeuMF, split_final_layer
+from neumf_int8 import IntegerNeuMF
 
 DATA = Path(__file__).resolve().parent / "data"
 TAGS = ("no_split", "split")
@@ -89,6 +90,12 @@ def prepared(model: nn.Module, flags: str | list[str], pairs: tuple) -> PostTrai
 def scores(model: nn.Module, pairs: tuple, sigmoid: bool | Tensor = True) -> np.ndarray:
     with torch.no_grad():
         return model(*pairs, sigmoid).numpy()
+
+
+def integer_scores(model: NeuMF, pairs: tuple) -> np.ndarray:
+    """The scores (N, 1) of a prepared model in integers."""
+    users, items = pairs
+    return IntegerNeuMF(model)(users, items[:, None]).numpy()
 
 
 # --- small models ---

@@ -28,6 +28,7 @@ from dataset import load_split
 from distiller.checkpoint import load_checkpoint
 from flags import build_parser
 from neumf import NeuMF
+from scoring import float_scorer
 
 pytestmark = pytest.mark.usefixtures("in_empty_directory")
 
@@ -804,7 +805,7 @@ def test_half_precision_evaluation_scores_in_half_precision(ncf, split_dir, chec
     state_dict = load_checkpoint(checkpoint)["state_dict"]
     model = NeuMF(**neumf.sizes_from_state_dict(state_dict))
     model.load_state_dict(state_dict)
-    expected = evaluation.evaluate(model.half(), load_split(split_dir))
+    expected = evaluation.evaluate(float_scorer(model.half()), load_split(split_dir))
     assert initial(ncf(split_dir, "--load", checkpoint, "--evaluate", "--eval-fp16", "-o", "a")) == str(
         expected
     )

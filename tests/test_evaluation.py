@@ -19,6 +19,7 @@ from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError
 from evaluation import evaluate, metrics_of_ranks, rank_last
 from neumf import NeuMF
+from scoring import PairScorer
 
 
 class Table(nn.Module):
@@ -115,7 +116,9 @@ def test_metrics_are_the_originals(case, k, block):
         for user, (row, item) in enumerate(zip(negatives, test_items, strict=True))
     ]
     split = make_split(negatives, test_items, len(table[0]))
-    metrics = evaluate(Table(table), split, k, block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluation.PAIRS_PER_BLOCK, "cpu", block * split.nb_candidates)
+        metrics = evaluate(PairScorer(Table(table)), split, k)
     assert metrics.k == k
     assert metrics.hr == pytest.approx(sum(hr for hr, _ in each) / len(each), abs=1e-12)
     assert metrics.ndcg == pytest.approx(sum(ndcg for _, ndcg in each) / len(each), abs=1e-12)
@@ -184,7 +187,7 @@ def trained(split_dir, checkpoint):
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 59, 60, 1000])
-def test_metrics_do_not_depend_on_blocks(trained, block):
+def test_metrics_do_not_depend_on_blocks(trained, block, monkeypatch):
     """A real model over users in blocks of any size, against one pair at a time."""
     split, model = trained
     model.eval()
@@ -196,22 +199,28 @@ def test_metrics_do_not_depend_on_blocks(trained, block):
             scores = model(torch.full_like(items, user), items, sigmoid=True).squeeze(1).tolist()
             gain = original_metrics(candidates, scores, 10)
             hr, ndcg = hr + gain[0], ndcg + gain[1]
-    metrics = evaluate(model, split, 10, block)
+    monkeypatch.setitem(evaluation.PAIRS_PER_BLOCK, "cpu", block * split.nb_candidates)
+    metrics = evaluate(PairScorer(model), split, 10)
     assert metrics.hr == pytest.approx(hr / split.nb_users, abs=1e-12)
     assert metrics.ndcg == pytest.approx(ndcg / split.nb_users, abs=1e-12)
 
 
-def test_default_blocks_hold_no_more_pairs_than_the_limit(trained, monkeypatch):
-    """So that activations stay small at any number of users; a user's candidates are never torn."""
+def test_blocks_hold_no_more_pairs_than_the_limit(trained, monkeypatch):
+    """So that memory stays small at any number of users; a user's candidates are never torn."""
     split, _ = trained
+    asked = []
+
+    def scorer(users, items):
+        asked.append(tuple(items.shape))
+        return torch.rand(items.shape)
+
     monkeypatch.setitem(evaluation.PAIRS_PER_BLOCK, "cpu", 3 * split.nb_candidates + 5)
-    model = Table(torch.rand(split.nb_users, split.nb_items))
-    evaluate(model, split)
-    assert set(model.asked) == {3 * split.nb_candidates}
+    evaluate(scorer, split)
+    assert set(asked) == {(3, split.nb_candidates)}
     monkeypatch.setitem(evaluation.PAIRS_PER_BLOCK, "cpu", 1)
-    model.asked.clear()
-    evaluate(model, split)
-    assert set(model.asked) == {split.nb_candidates}
+    asked.clear()
+    evaluate(scorer, split)
+    assert set(asked) == {(1, split.nb_candidates)}
 
 
 def test_evaluation_leaves_weights_and_split_alone(trained):
@@ -219,7 +228,7 @@ def test_evaluation_leaves_weights_and_split_alone(trained):
     split, model = trained
     before = {key: value.clone() for key, value in model.state_dict().items()}
     negatives, test_items = split.negatives.copy(), split.test_items.copy()
-    evaluate(model.train(), split)
+    evaluate(PairScorer(model.train()), split)
     assert not model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -235,11 +244,11 @@ def test_score_that_is_not_finite_is_an_error(bad, place):
     table[1, 3 if place == "test item" else 1] = bad
     split = make_split([[0, 1], [1, 2]], [3, 3], 4)
     with pytest.raises(InputError, match="not finite"):
-        evaluate(Table(table), split, 2)
+        evaluate(PairScorer(Table(table)), split, 2)
 
 
 def test_progress_bar_shows_metrics_so_far(capsys):
     """HR and NDCG run along with it."""
     split = make_split([[0, 1], [1, 2]], [3, 3], 4)
-    evaluate(Table(torch.arange(8.0).view(2, 4)), split, 2)
+    evaluate(PairScorer(Table(torch.arange(8.0).view(2, 4))), split, 2)
     assert "HR@2 = 1.0000, NDCG@2 = 1.0000" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from helpers_quant import (
     golden_pairs,
     golden_stats,
     golden_stats_path,
+    integer_scores,
     model_statistics,
     numpy_weights,
     parse,
@@ -74,7 +75,7 @@ def shrunk(stats: dict, factor: float) -> dict:
 
 
 def compare(model, stats, settings, pairs, integer=False, overrides=None, changes=None):
-    """Assert that library and reference score ``pairs`` alike, bit for bit; return the scores.
+    """Assert that library and reference score ``pairs`` alike, bit for bit, with ``integer`` in integers too.
 
     ``overrides`` are the library's; ``changes`` the same for the reference, by layer name.
     """
@@ -86,21 +87,21 @@ def compare(model, stats, settings, pairs, integer=False, overrides=None, change
         expected = Reference(numpy_weights(model), stats, of_layer)(*(index.numpy() for index in pairs))
     except ValueError:  # an asymmetric range upside down, which clipping to a consumer and n_std can make
         expected = None
-    for integer_kernels in (False, True) if integer else (False,):
-        quantized = copy.deepcopy(model)
-        quantizer = PostTrainLinearQuantizer(
-            quantized,
-            **arguments_of(settings),
-            overrides=overrides,
-            model_activation_stats=copy.deepcopy(stats),
-            integer_kernels=integer_kernels,
-        )
-        if expected is None:
-            with pytest.raises(InputError):
-                quantizer.prepare_model((*pairs, True))
-        else:
+    quantized = copy.deepcopy(model)
+    quantizer = PostTrainLinearQuantizer(
+        quantized,
+        **arguments_of(settings),
+        overrides=overrides,
+        model_activation_stats=copy.deepcopy(stats),
+    )
+    if expected is None:
+        with pytest.raises(InputError):
             quantizer.prepare_model((*pairs, True))
-            np.testing.assert_array_equal(scores(quantized, pairs), expected)
+    else:
+        quantizer.prepare_model((*pairs, True))
+        np.testing.assert_array_equal(scores(quantized, pairs), expected)
+        if integer:
+            np.testing.assert_array_equal(integer_scores(quantized, pairs), expected)
     return expected
 
 
@@ -448,7 +449,6 @@ def expected_types(split: bool, Embedding: str, Linear: str, rest: str | None, *
     ("flags", "kinds"),
     [
         ("", {"Embedding": "QuantizedEmbedding", "Linear": "QuantizedLinear", "rest": "Identity"}),
-        ("--qept", {"Embedding": "QuantizedEmbedding", "Linear": "IntegerLinear", "rest": "Identity"}),
         ("--qeba 0", {"Embedding": "QuantizedEmbedding", "Linear": "WeightQuantizedLinear", "rest": None}),
         ("--qebw 0", {"Embedding": "FakeQuantized", "Linear": "FakeQuantized", "rest": "Identity"}),
         (
@@ -765,18 +765,6 @@ def test_a_producer_of_more_bits_than_its_consumer_is_exact(bits):
     np.testing.assert_array_equal(found.numpy(), (q + zero) / s_out)
 
 
-def test_integer_kernels_refuse_a_producer_of_more_than_8_bits():
-    model = small_model(19)
-    quantizer = PostTrainLinearQuantizer(
-        model,
-        overrides={"mlp_concat": {"bits_activations": 16}},
-        model_activation_stats=model_statistics(model),
-        integer_kernels=True,
-    )
-    with pytest.raises(InputError, match="--qe-convert-pytorch"):
-        quantizer.prepare_model((*all_pairs(model), True))
-
-
 @pytest.mark.parametrize("mode", ["sym", "sym_restr"])
 @pytest.mark.parametrize("layer", ["mlp.0", "final"])
 def test_symmetric_n_std_beyond_a_consumers_bound_uses_the_larger_magnitude(layer, mode):
@@ -1040,8 +1028,6 @@ def unchanged(stats: dict) -> None:
         ("--qe-bits-accum 0", unchanged, ["--qe-bits-accum"]),
         ("--qesab 1", unchanged, ["--qe-scale-approx-bits"]),  # a multiplier of 1 bit is 0 for most scales
         ("--qesab 0", unchanged, ["--qe-scale-approx-bits"]),
-        ("--qept --qeba 9", unchanged, ["--qe-convert-pytorch"]),
-        ("--qept --qebw 9", unchanged, ["--qe-convert-pytorch"]),
         ("--qem sym_restr --qeba 1", unchanged, ["--qe-mode"]),
         ("--qem sym_restr --qebw 1", unchanged, ["--qe-mode"]),
         ("", without("mlp.0"), ["--qe-stats-file", "mlp.0"]),
@@ -1157,6 +1143,7 @@ def test_flags_have_the_originals_names_and_defaults():
         "qe_per_channel": False,
         "qe_scale_approx_bits": None,
         "qe_save_fp_weights": False,
+        "qe_engine": "auto",
         "qe_convert_pytorch": False,
         "qe_stats_file": None,
         "qe_dynamic": False,
@@ -1217,14 +1204,13 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("integer", [False, True])
-def test_a_model_stays_on_its_device_and_scores_as_on_the_cpu(device, integer):
+def test_a_model_stays_on_its_device_and_scores_as_on_the_cpu(device):
     stats = model_statistics(small_model(3))
     pairs = all_pairs(small_model(3))
     results = {}
     for where in ("cpu", device):
         model = small_model(3).to(where)
-        arguments = {"mode": "asym_u", "model_activation_stats": stats, "integer_kernels": integer}
+        arguments = {"mode": "asym_u", "model_activation_stats": stats}
         PostTrainLinearQuantizer(model, **arguments).prepare_model((*pairs, True))
         tensors = [*model.parameters(), *model.buffers()]
         assert {tensor.device.type for tensor in tensors} == {where}

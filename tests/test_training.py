@@ -20,6 +20,7 @@ from evaluation import Metrics
 from neumf import NeuMF
 from recording import Recorder
 from sampling import TrainingBatches
+from scoring import float_scorer
 from step import Step
 from training import Progress, Stop, Trainer
 
@@ -236,7 +237,7 @@ def test_best_checkpoint_is_the_epoch_with_the_highest_hr(split_dir, monkeypatch
     hit_rates = iter([0.2, 0.5, 0.5, 0.4])
     after = []
 
-    def evaluate(model, *_, **__):
+    def evaluate(*_, **__):
         after.append({key: value.clone() for key, value in model.state_dict().items()})
         return Metrics(10, next(hit_rates), 0.1)
 
@@ -375,7 +376,7 @@ def test_known_structure_is_learned(split_final):
     model = NeuMF(split.nb_users, split.nb_items, 4, [16, 8], split_final)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     batches = TrainingBatches(split, 128, 4, seed=1)
-    before = training.evaluate(model, split).hr
+    before = training.evaluate(float_scorer(model), split).hr
     Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(12))
     results = rows(".")
     losses = [float(row["avg_train_loss"]) for row in results]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from .clipping import ClipMode
 from .linear import LinearQuantMode
 
+ENGINES = ("auto", "integer", "simulate")
+
 
 def portion(text: str) -> float:
     """A share of the data from a flag's text: above 0, at most 1."""
@@ -96,11 +98,13 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
     )
     add("--qe-save-fp-weights", action="store_true", help="keep the float weights beside the integers")
     add(
-        "--qe-convert-pytorch",
-        "--qept",
-        action="store_true",
-        help="run on the processor's integer instructions: the same scores",
+        "--qe-engine",
+        choices=ENGINES,
+        default="auto",
+        help="compute in integers, or simulate that in floats: the same scores. auto is integer wherever it can be "
+        "(default: %(default)s)",
     )
+    add("--qe-convert-pytorch", "--qept", action="store_true", help="the same as --qe-engine integer")
     _add_sources(group.add_mutually_exclusive_group().add_argument)
 
 

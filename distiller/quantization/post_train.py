@@ -8,6 +8,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ..graph import ModuleCall, leaf_modules, module_graph
 from ..modules import Concat, EltwiseAdd, EltwiseMult
 from .arguments import changed_flags
 from .clipping import ClipMode, required_statistics
-from .integer import IntegerLinear
 from .linear import LinearQuantMode, QuantParams, params_of_range
 from .settings import Request, choice, modes, requests_by_layer
 from .statistics import (
@@ -73,7 +73,6 @@ class PostTrainLinearQuantizer:
         scale_approx_mult_bits: Cut scales to multipliers of so many bits and a shift.
         save_fp_weights: Keep each Linear's float weight and bias beside the integers, as ``float_weight`` and
             ``float_bias``.
-        integer_kernels: Run Linear's products on the processor's integer instructions.
 
     Raises:
         InputError: an argument out of its range.
@@ -94,7 +93,6 @@ class PostTrainLinearQuantizer:
         clip_n_stds: float | None = None,
         scale_approx_mult_bits: int | None = None,
         save_fp_weights: bool = False,
-        integer_kernels: bool = False,
     ):
         _check_range("--qe-bits-accum (bits_accum)", bits_accum, 1, 32)
         if scale_approx_mult_bits is not None:
@@ -121,7 +119,6 @@ class PostTrainLinearQuantizer:
             check_statistics(model_activation_stats, "model_activation_stats")
         self.statistics: Statistics | None = model_activation_stats
         self.save_fp_weights = save_fp_weights
-        self.linear_type = IntegerLinear if integer_kernels else QuantizedLinear
 
     @classmethod
     def from_args(cls, model: nn.Module, args: Namespace) -> PostTrainLinearQuantizer:
@@ -162,7 +159,6 @@ class PostTrainLinearQuantizer:
             clip_n_stds=args.qe_clip_n_stds,
             scale_approx_mult_bits=args.qe_scale_approx_bits,
             save_fp_weights=args.qe_save_fp_weights,
-            integer_kernels=args.qe_convert_pytorch,
         )
 
     @classmethod
@@ -175,7 +171,8 @@ class PostTrainLinearQuantizer:
             InputError: not YAML, not one ``PostTrainLinearQuantizer`` with its arguments, or flags beside it
                 that say what it says.
         """
-        given = changed_flags(args) - {"--quantize-eval", "--qe-save-fp-weights", "--qe-convert-pytorch"}
+        beside = {"--quantize-eval", "--qe-save-fp-weights", "--qe-engine", "--qe-convert-pytorch"}
+        given = changed_flags(args) - beside
         if given:
             raise InputError(
                 f"--qe-config-file takes the place of {', '.join(sorted(given))}: give one or the other"
@@ -185,7 +182,6 @@ class PostTrainLinearQuantizer:
             return cls(
                 model,
                 save_fp_weights=args.qe_save_fp_weights,
-                integer_kernels=args.qe_convert_pytorch,
                 **arguments,
             )
         except TypeError as error:
@@ -286,10 +282,7 @@ class PostTrainLinearQuantizer:
             output = self._params(name, None, activations, fused)
         common = (activations, inputs, output, fused)
         if _is_linear(module) and weights:
-            try:
-                quantized = self.linear_type(module, weights, *common)
-            except InputError as error:
-                raise InputError(f"{error}, in layer {name}") from error
+            quantized = QuantizedLinear(module, weights, *common)
             if self.save_fp_weights:
                 quantized.register_buffer("float_weight", module.weight.detach())
                 quantized.register_buffer("float_bias", None if module.bias is None else module.bias.detach())
@@ -335,6 +328,55 @@ class PostTrainLinearQuantizer:
         with _statistics_of(name):
             return params_of_range(low.reshape(1), high.reshape(1), weights.bits, weights.mode)
 
+    def checkpoint(self) -> dict[str, Any]:
+        """All that ``from_checkpoint`` makes the prepared model of: integers, scales and settings, in plain values."""
+        request = self.default
+        return {
+            "state_dict": self.model.state_dict(),
+            "statistics": self.statistics,
+            "quantizer": {
+                "bits_activations": request.bits_activations,
+                "bits_parameters": request.bits_weights,
+                "bits_accum": request.bits_accum,
+                "overrides": {
+                    pattern: {key: plain_value(value) for key, value in changes.items()}
+                    for pattern, changes in self.overrides.items()
+                },
+                "mode": {
+                    "activations": request.mode_activations.value,
+                    "weights": request.mode_weights.value,
+                },
+                "clip_acts": request.clip_acts.value,
+                "per_channel_wts": request.per_channel_wts,
+                "clip_n_stds": request.clip_n_stds,
+                "scale_approx_mult_bits": request.scale_approx_mult_bits,
+                "save_fp_weights": self.save_fp_weights,
+            },
+        }
+
+    @classmethod
+    def from_checkpoint(
+        cls, model: nn.Module, content: Mapping[str, Any], dummy_input: Any
+    ) -> PostTrainLinearQuantizer:
+        """Make a prepared model again, from what ``checkpoint`` returned.
+
+        Args:
+            model: Of the same structure, in float; whatever its weights are, they are replaced.
+            content: What ``checkpoint`` returned.
+            dummy_input: As for ``prepare_model``.
+
+        Raises:
+            InputError: the parts do not fit each other.
+        """
+        try:
+            quantizer = cls(model, model_activation_stats=content["statistics"], **content["quantizer"])
+            quantizer.prepare_model(dummy_input)
+            model.load_state_dict(content["state_dict"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"not a whole quantized model: {type(error).__name__}: {reason}") from error
+        return quantizer
+
     def save(self, directory: str | os.PathLike) -> None:
         """Leave in a directory what ``prepare_model`` made: ranges as used, and every layer's parameters."""
         (Path(directory) / STATS_FILE).unlink(missing_ok=True)  # of an evaluation before, with other settings
@@ -373,6 +415,11 @@ class PostTrainLinearQuantizer:
             if key.endswith(("scale", "zero_point")) and value.numel() == 1
         }
         return entry | scalars
+
+
+def plain_value(value: object) -> object:
+    """A setting as a file has it: a member of an enumeration by its value."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def read_config(path: str | os.PathLike, expected_class: str) -> dict[str, Any]:

@@ -119,6 +119,10 @@ class QuantizedModule(nn.Module, ABC):
         """The parameters to quantize input ``position`` with."""
         if self.dynamic:
             return carried(x) or self.settings.params_of_tensor(x)
+        return self.fixed_input(position)
+
+    def fixed_input(self, position: int) -> QuantParams:
+        """The parameters of input ``position`` where they are fixed: not in dynamic quantization."""
         return self._registered(f"input_{position}")
 
     @property
@@ -299,7 +303,8 @@ class QuantizedLinear(AccumulatingModule):
         self.weight_range = (params.q_min, params.q_max)
         quantize_weights(self, linear.weight, params)
         self._quantize_bias(linear.bias)
-        self._prepare_product(self.weight + params.zero_point[:, None])
+        self._prepare_product()
+        self.register_load_state_dict_post_hook(lambda module, _: module._prepare_product())
 
     def _quantize_bias(self, bias: Tensor | None) -> None:
         self.bias: Tensor | None
@@ -310,23 +315,29 @@ class QuantizedLinear(AccumulatingModule):
             self.register_buffer("bias", quantize(bias.detach(), params))
             self.register_buffer("bias_scale", params.scale)
         else:
-            units = self._accumulator_scale(self._registered("input_0").scale)
-            self.register_buffer("bias", saturate(torch.round(units * bias.detach()), self.accumulator_bits))
+            bias = torch.round(self.accumulator_scale * bias.detach())
+            self.register_buffer("bias", saturate(bias, self.accumulator_bits))
 
-    def _prepare_product(self, operand: Tensor) -> None:
+    def _prepare_product(self) -> None:
         """Get ready to multiply by the (M, K) whole numbers q_w + zp_w."""
+        operand = self.weight + self.w_zero_point[:, None]
         self.exact_dtype = torch.float64 if self.dynamic else self._exact_dtype(operand)
         self.register_buffer("operand", operand.to(self.exact_dtype), persistent=False)
 
     def _exact_dtype(self, operand: Tensor) -> torch.dtype:
         """What holds every partial sum of a product, and the bias, without error."""
-        x = self._registered("input_0")
+        x = self.fixed_input(0)
         largest_bias = 0 if self.bias is None else self.bias.abs().max().item()
         largest = operand.double().abs().sum(1).max().item() * (x.q_max - x.q_min + 1) + largest_bias
         return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
 
     def _accumulator_scale(self, input_scale: Tensor) -> Tensor:
         return approximate_scale(input_scale * self.w_scale, self.settings.scale_bits)
+
+    @property
+    def accumulator_scale(self) -> Tensor:
+        """(M,) or (1,) quanta per unit of the sums, where ranges are fixed."""
+        return self._accumulator_scale(self.fixed_input(0).scale)
 
     def _bias_in(self, units: Tensor) -> Tensor | None:
         """(M,) the bias in units of the accumulator."""
@@ -338,15 +349,11 @@ class QuantizedLinear(AccumulatingModule):
     def accumulate(self, *operands: Operand) -> tuple[Tensor, Tensor]:
         (x,) = operands
         scale = self._accumulator_scale(x.scale)
-        total = self.product(x)
+        total = F.linear(x.integers.to(self.exact_dtype), self.operand)
         bias = self._bias_in(scale)
         if bias is not None:
             total = total + bias
         return saturate(total, self.accumulator_bits).float(), scale
-
-    def product(self, x: Operand) -> Tensor:
-        """(N, M) products of (N, K) integers with the weights' integers, in ``exact_dtype``."""
-        return F.linear(x.integers.to(self.exact_dtype), self.operand)
 
 
 class QuantizedEmbedding(nn.Module):

@@ -1,0 +1,156 @@
+"""NeuMF in integers: scores equal to those of the prepared model that simulates them in floats, bit for bit.
+
+What belongs to a user or to an item alone is computed once and not once per pair. That holds for the first layer too,
+which acts on [user, item]: its sum is one of the user plus one of the item.
+
+Shapes: B users, C items of each, N = B * C pairs, I items in all, F = mf_dim, L_0 .. L_n = mlp_layer_sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distiller.quantization.integer import IntegerLinear, NotIntegerError, Requantizer, require_levels
+from distiller.quantization.linear import dequantize
+from distiller.quantization.wrappers import (
+    QuantizedConcat,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedModule,
+    QuantizedMult,
+    carry,
+)
+from neumf import NeuMF
+from scoring import COMPILED_PAIRS_AT_ONCE, PAIRS_AT_ONCE, for_one_shape, in_parts
+
+TABLES = ("mf_user_embed", "mf_item_embed", "mlp_user_embed", "mlp_item_embed")
+
+
+class IntegerNeuMF:
+    """Scores items for users on 8-bit integers with 32-bit sums.
+
+    The layers after the last ReLU and after the product of embeddings may be left in float, or have any other settings:
+    then they run as they are in the model.
+
+    Args:
+        model: Prepared by ``PostTrainLinearQuantizer``, with ranges from statistics.
+        compiled: Compute with ``torch.compile``, for as many users and items as the first call has.
+
+    Raises:
+        NotIntegerError: a layer up to there is left in float, finds its ranges on every batch or has more than 8 bits;
+            or sums may pass 32 bits.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: NeuMF, compiled: bool = False):
+        check_layers(model)
+        self._model = model
+        mf_dim, mlp_dim = (table.weight.shape[1] for table in (model.mf_user_embed, model.mlp_user_embed))
+        self._first = IntegerLinear("mlp.0", model.mlp[0], [mlp_dim] * 2, ("mlp_concat", model.mlp_concat))
+        self._later = [
+            IntegerLinear(f"mlp.{i}", linear, [linear.weight.shape[1]])
+            for i, linear in enumerate(model.mlp[1:], 1)
+        ]
+        users, items = (model.mf_mult.fixed_input(position) for position in range(2))
+        for params in (users, items):
+            require_levels("mf_mult", params)
+        self._product = Requantizer("mf_mult", model.mf_mult, users.scale * items.scale)
+        self._user_zero_point, self._item_zero_point = users.zero_point, items.zero_point
+        # Float32 where it holds all sums without error, so that they need no conversion pair by pair.
+        dtype = torch.float32 if model.mlp[0].exact_dtype is torch.float32 else torch.int32
+        self._item_sums = self._first.sums_of(1, model.mlp_item_embed.weight.float()).to(dtype)  # (I, L_1)
+        self._prepare_final(mf_dim, model.mlp[-1].weight.shape[0])
+        self._in_integers = for_one_shape(self._integers) if compiled else self._integers
+        self._pairs = COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE
+
+    def _prepare_final(self, mf_dim: int, mlp_dim: int) -> None:
+        """The final linear layers, those of them that are computed in integers, and the last layers that are."""
+        model = self._model
+        self._joint: IntegerLinear | None = None
+        self._branches: list[IntegerLinear | None] = [None, None]
+        self._last: list[QuantizedModule] = [model.mf_mult, model.mlp[-1]]
+        if model.split_final:
+            self._finals = [model.final_mf, model.final_mlp]
+            for i, (name, width) in enumerate((("final_mf", mf_dim), ("final_mlp", mlp_dim))):
+                if isinstance(self._finals[i], QuantizedLinear):
+                    self._last[i] = self._finals[i]
+                    self._branches[i] = IntegerLinear(name, self._finals[i], [width])
+            return
+        self._finals = [model.final]
+        if isinstance(model.final, QuantizedLinear) and isinstance(model.final_concat, QuantizedConcat):
+            self._last = self._finals
+            concat = ("final_concat", model.final_concat)
+            self._joint = IntegerLinear("final", model.final, [mf_dim, mlp_dim], concat)
+
+    @torch.no_grad()
+    def __call__(self, users: Tensor, items: Tensor) -> Tensor:
+        """The probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
+        outputs = in_parts(self._final_outputs, self._pairs, *self._of_users(users), items)
+        logits = [
+            carry(x, layer.fixed_output) if isinstance(layer, QuantizedModule) else x
+            for x, layer in zip(outputs.split(1, dim=1), self._finals, strict=True)
+        ]
+        logit = self._model.final_add(*logits) if self._model.split_final else logits[0]
+        return self._model.sigmoid(logit).view(items.shape)
+
+    def _final_outputs(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
+        """What the final linear layers put out: (N, 1) or, split, (N, 2)."""
+        values = [
+            carry(x, layer.fixed_output)
+            for x, layer in zip(self._in_integers(user_sums, user_factors, items), self._last, strict=True)
+        ]
+        if self._joint:
+            return values[0]
+        if not self._model.split_final:
+            return self._model.final(self._model.final_concat(*values))
+        finals = zip(values, self._branches, self._finals, strict=True)
+        return torch.cat([x if branch else final(x) for x, branch, final in finals], dim=1)
+
+    def _of_users(self, users: Tensor) -> tuple[Tensor, Tensor]:
+        """What users bring to the first layer's sums, (B, L_1), and to the product of embeddings, (B, F)."""
+        codes = F.embedding(users, self._model.mlp_user_embed.weight).float()
+        factors = F.embedding(users, self._model.mf_user_embed.weight) + self._user_zero_point
+        return self._first.sums_of(0, codes).to(self._item_sums.dtype), factors
+
+    def _integers(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> list[Tensor]:
+        """What the last layers that are computed in integers hand on: N rows each."""
+        mf, hidden = self._multiplied(user_factors, items), self._hidden(user_sums, items)
+        if self._joint:
+            integers = [self._joint(mf, hidden)]
+        else:
+            branches = zip(self._branches, (mf, hidden), strict=True)
+            integers = [branch(q) if branch else q for branch, q in branches]
+        return [dequantize(q, layer.fixed_output) for q, layer in zip(integers, self._last, strict=True)]
+
+    def _multiplied(self, user_factors: Tensor, items: Tensor) -> Tensor:
+        """Of the product of both embeddings: (N, F)."""
+        factors = self._model.mf_item_embed.weight.index_select(0, items.flatten()).float()
+        products = factors.add_(self._item_zero_point).view(*items.shape, -1).mul_(user_factors[:, None])
+        return self._product(products.flatten(0, 1))
+
+    def _hidden(self, user_sums: Tensor, items: Tensor) -> Tensor:
+        """Of the last ReLU: (N, L_n)."""
+        sums = self._item_sums.index_select(0, items.flatten())
+        sums.view(*items.shape, -1).add_(user_sums[:, None])
+        q = self._first.output(sums)
+        for linear in self._later:
+            q = linear(q)
+        return q
+
+
+def check_layers(model: NeuMF) -> None:
+    """Raise a ``NotIntegerError`` unless all layers but the final ones are quantized, with fixed ranges."""
+    linears = [f"mlp.{i}" for i in range(len(model.mlp))]
+    kinds: dict[str, type[nn.Module]] = dict.fromkeys(TABLES, QuantizedEmbedding)
+    kinds |= {"mf_mult": QuantizedMult, "mlp_concat": QuantizedConcat} | dict.fromkeys(
+        linears, QuantizedLinear
+    )
+    for name, layer in model.named_modules():
+        if getattr(layer, "dynamic", False):
+            raise NotIntegerError(f"layer {name} finds its ranges on every batch")
+    for name, kind in kinds.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, kind) or (name in linears and not layer.fused_relu):
+            raise NotIntegerError(f"layer {name} is left in float")
