@@ -449,7 +449,7 @@ def quantized_scorer(args: Namespace, quantizer: PostTrainLinearQuantizer, compi
         except NotIntegerError as error:
             if engine == "integer":
                 raise InputError(f"--qe-engine integer: {error}") from error
-            log.info("INT8 is simulated in floats: %s", error)
+            log.warning("simulated in floats, which is slower: %s", error)
     return PairScorer(quantizer.model, one_user=quantizer.dynamic)
 
 

@@ -87,7 +87,7 @@ class IntegerNeuMF:
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
         """The probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
-        outputs = in_parts(self._final_outputs, self._pairs, *self._of_users(users), items)
+        outputs = in_parts(self._final_outputs, self._pairs, *self._of_users(users), items).flatten(0, 1)
         logits = [
             carry(x, layer.fixed_output) if isinstance(layer, QuantizedModule) else x
             for x, layer in zip(outputs.split(1, dim=1), self._finals, strict=True)
@@ -96,7 +96,11 @@ class IntegerNeuMF:
         return self._model.sigmoid(logit).view(items.shape)
 
     def _final_outputs(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
-        """What the final linear layers put out: (N, 1) or, split, (N, 2)."""
+        """What the final linear layers put out: (B, C, 1) or, split, (B, C, 2)."""
+        return self._of_pairs(user_sums, user_factors, items).view(*items.shape, -1)
+
+    def _of_pairs(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
+        """The same: (N, 1) or (N, 2)."""
         values = [
             carry(x, layer.fixed_output)
             for x, layer in zip(self._in_integers(user_sums, user_factors, items), self._last, strict=True)

@@ -33,16 +33,24 @@ def in_parts(compute: Callable[..., Tensor], pairs: Mapping[str, int], *tensors:
     """A function of tensors computed for a few users at a time.
 
     Args:
-        compute: Takes the tensors, whose rows are users.
+        compute: Takes the tensors, B rows each, to results of B rows.
         pairs: So many at a time, on each kind of device.
-        tensors: B rows each; the last one is their items (B, C).
+        tensors: Their rows are users; the last one is their items (B, C).
 
     Returns:
         The results for all users, one after the other.
     """
     items = tensors[-1]
     users = max(1, pairs[items.device.type] // items.shape[1])
-    return torch.cat([compute(*part) for part in zip(*(x.split(users) for x in tensors), strict=True)])
+    parts = zip(*(tensor.split(users) for tensor in tensors), strict=True)
+    for start, part in zip(range(0, len(items), users), parts, strict=True):
+        values = compute(*part)
+        if not start:
+            results = values.new_empty(len(items), *values.shape[1:])
+        results[start : start + users] = values
+        # Memory that is given back whole is used again for the next part, while it still is in the cache.
+        del values
+    return results
 
 
 def for_one_shape(compute: Computation) -> Computation:

@@ -67,16 +67,16 @@ def finish() -> None:
         torch.cuda.synchronize()
 
 
-def random_split(users: int, items: int, ratings: int) -> Split:
-    """A split of uniformly random training pairs; its test part, which training does not look at, is a stub."""
+def random_split(users: int, items: int, ratings: int, negatives: int = 1) -> Split:
+    """A split of uniformly random training pairs and candidates."""
     random = np.random.default_rng(0)
     return Split(
         nb_users=users,
         nb_items=items,
         train_users=np.sort(random.integers(0, users, ratings, dtype=id_dtype(users))),
         train_items=random.integers(0, items, ratings, dtype=id_dtype(items)),
-        test_items=np.zeros(users, dtype=np.uint8),
-        negatives=np.zeros((users, 1), dtype=np.uint8),
+        test_items=random.integers(0, items, users, dtype=id_dtype(items)),
+        negatives=random.integers(0, items, (users, negatives), dtype=id_dtype(items)),
         distinct_negatives=None,
         seed=0,
         digest="",

@@ -23,9 +23,11 @@ import yaml
 import evaluation
 import ncf as script
 import neumf
+import scoring
 import training
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
+from distiller.files import file_digest
 from flags import build_parser
 from neumf import NeuMF
 from scoring import float_scorer
@@ -747,7 +749,7 @@ OTHERS = [
     ),
     *("--eval-fp16", "--resume", "--overwrite", "--max-steps", "--qe-stats-out", "--calibrate-on"),
     *("--qe-bits-accum", "--qe-clip-n-stds", "--qe-save-fp-weights", "--qe-stats-file", "--qe-dynamic"),
-    *("--qe-calibration", "--qe-config-file"),
+    *("--qe-calibration", "--qe-config-file", "--qe-engine"),
 ]
 
 
@@ -812,26 +814,169 @@ def test_half_precision_evaluation_scores_in_half_precision(ncf, split_dir, chec
     assert initial(ncf(split_dir, "--load", checkpoint, "--eval-fp16", "-o", "b")) == str(expected)
 
 
+# --- integers ---
+
+INTEGERS = [
+    ["--qem", "asym_u", "--qepc"],
+    ["--qem", "sym"],
+    ["--qem", "asym_s", "--qeca", "avg"],
+    ["--qema", "asym_u", "--qemw", "sym_restr", "--qeba", "5", "--qebw", "4"],
+    ["--qem", "asym_u", "--qesab", "8", "--qe-save-fp-weights"],
+    ["--qem", "asym_u", "--split-final", "--qencl", "final_mf"],
+    ["--qem", "asym_u", "--qenql", "final", "sigmoid"],
+    ["--qem", "asym_u", "--split-final", "--qenql", "final_add", "sigmoid"],
+]
+NOT_INTEGERS = [
+    (["--qem", "asym_u", "--qenql", "mlp.1"], "layer mlp.1"),
+    (["--qeba", "9"], "8 bits"),
+    (["--qebw", "16"], "8 bits"),
+    (["--qeba", "0"], "layer mf_mult"),
+    (["--qe-dynamic"], "every batch"),
+]
+
+
+@pytest.fixture
+def quantize_eval(ncf, split_dir, checkpoint, tmp_path):
+    """ncf.py evaluating quantized with ``flags`` into the directory ``out``, on statistics as they ask for."""
+
+    def call(flags, out, *more):
+        split_final = [flag for flag in flags if flag == "--split-final"]
+        command = [split_dir, "--load", checkpoint, "--quantize-eval", *flags, "-o", out, *more]
+        if "--qe-dynamic" not in flags:
+            stats = tmp_path / f"stats{len(split_final)}.yaml"
+            if not stats.exists():
+                calibrate = ["--qe-calibration", 1, "--qe-stats-out", stats, *split_final]
+                assert ncf(split_dir, "--load", checkpoint, *calibrate, "-o", "calibration").code == 0
+            command += ["--qe-stats-file", stats]
+        return ncf(*command)
+
+    return call
+
+
+@pytest.mark.parametrize("flags", INTEGERS)
+def test_integers_give_the_simulations_metrics(quantize_eval, flags):
+    """To the last digit printed, by default and asked for in either way."""
+    line = initial(quantize_eval(flags, "a", "--qe-engine", "simulate"))
+    for out, more in (("b", []), ("c", ["--qe-engine", "integer"]), ("d", ["--qe-convert-pytorch"])):
+        outcome = quantize_eval(flags, out, *more)
+        assert initial(outcome) == line
+        assert "simulated" not in outcome.err
+
+
+@pytest.mark.parametrize(("flags", "reason"), NOT_INTEGERS)
+def test_what_integers_cannot_is_simulated_with_a_note(quantize_eval, flags, reason):
+    """One line that says why; asked for integers, an error."""
+    line = initial(quantize_eval(flags, "a", "--qe-engine", "simulate"))
+    outcome = quantize_eval(flags, "b")
+    assert initial(outcome) == line
+    (note,) = [text for text in outcome.err.splitlines() if "simulated" in text]
+    assert reason in note
+    for more in (["--qe-engine", "integer"], ["--qept"]):
+        outcome = quantize_eval(flags, "c", *more)
+        assert outcome.code == 2
+        *_, error = outcome.err.splitlines()  # dynamic quantization warns of layers before it
+        assert error.startswith("ncf.py: error: --qe-engine integer: ")
+        assert reason in error
+        assert not Path("c").exists()
+
+
+@pytest.mark.parametrize("flags", [*INTEGERS, *(flags for flags, _ in NOT_INTEGERS)])
+def test_quantized_model_evaluates_without_float_model_or_statistics(ncf, split_dir, quantize_eval, flags):
+    """The file that a quantized evaluation leaves: the same metrics, in integers and simulated."""
+    line = initial(quantize_eval(flags, "a"))
+    load = [split_dir, "--load", "a/quantized.pth.tar", "--evaluate"]
+    assert initial(ncf(*load, "-o", "b")) == line
+    assert initial(ncf(*load, "--qe-engine", "simulate", "-o", "c")) == line
+    assert not Path("b/quantized.pth.tar").exists()
+    names = ["layer_quant_params.yaml"]
+    assert [Path("b", name).read_bytes() for name in names] == [
+        Path("a", name).read_bytes() for name in names
+    ]
+
+
+def test_quantized_model_says_where_it_is_from(quantize_eval, checkpoint, split_dir):
+    """Digests of the float checkpoint and of the data; its tables are integers."""
+    assert quantize_eval(["--qem", "asym_u"], "a").code == 0
+    content = load_checkpoint("a/quantized.pth.tar")
+    assert content["float_digest"] == file_digest(checkpoint)
+    assert content["data_digest"] == load_split(split_dir).digest
+    assert content["state_dict"]["mf_user_embed.weight"].dtype == torch.uint8
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "name"),
     [
-        ["--qem", "asym_u", "--qepc"],
-        ["--qem", "sym"],
-        ["--qem", "asym_s", "--qeca", "avg"],
-        ["--qema", "asym_u", "--qemw", "sym_restr", "--qenql", "mlp.1"],
-        ["--qem", "asym_u", "--qesab", "8", "--qe-save-fp-weights"],
-        ["--qem", "asym_u", "--split-final", "--qencl", "final_mf"],
+        (["--quantize-eval", "--qe-dynamic"], "--quantize-eval"),
+        (["--eval-fp16"], "--eval-fp16"),
+        (["--evaluate", "--precision", "bf16"], "--precision"),
+        (["--evaluate", "--split-final"], "--split-final"),
+        (["--evaluate", "-f", "5"], "--factors"),
+        (["--evaluate", "--qem", "sym"], "--qe-mode"),
+        (["--qe-calibration", "0.5"], "--load"),
+        (["--act-hist", "0.5"], "--"),
+        ([], "--load"),
     ],
 )
-def test_integer_kernels_give_the_same_metrics(ncf, split_dir, checkpoint, tmp_path, flags):
-    """To the last digit printed."""
-    split_final = [flag for flag in flags if flag == "--split-final"]
-    stats = tmp_path / "stats.yaml"
-    calibrate = ["--qe-calibration", 1, "--qe-stats-out", stats, *split_final]
-    assert ncf(split_dir, "--load", checkpoint, *calibrate, "-o", "a").code == 0
-    command = [split_dir, "--load", checkpoint, "--quantize-eval", "--qe-stats-file", stats, *flags]
-    line = initial(ncf(*command, "-o", "b"))
-    assert initial(ncf(*command, "--qe-convert-pytorch", "-o", "c")) == line
+def test_quantized_model_is_only_evaluated(ncf, split_dir, quantize_eval, flags, name):
+    """As it is; anything else is one line that names the flag."""
+    assert quantize_eval(["--qem", "asym_u"], "a").code == 0
+    outcome = ncf(split_dir, "--load", "a/quantized.pth.tar", *flags, "-o", "b")
+    assert outcome.code == 2
+    (error,) = outcome.err.splitlines()
+    assert error.startswith("ncf.py: error: ")
+    assert name in error
+    assert not Path("b").exists()
+
+
+@pytest.mark.parametrize("part", ["statistics", "state_dict"])
+def test_quantized_model_that_is_not_whole_is_named(ncf, split_dir, quantize_eval, part):
+    """Whichever part of it is another model's."""
+    assert quantize_eval(["--qem", "asym_u"], "a").code == 0
+    path = Path("a/quantized.pth.tar")
+    content = load_checkpoint(path)
+    if part == "statistics":
+        del content["statistics"]["mlp.0"]
+    else:
+        content["state_dict"]["mlp.0.w_scale"] = torch.ones(7)
+    torch.save(content, path)
+    outcome = ncf(split_dir, "--load", path, "--evaluate", "-o", "b")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"ncf.py: error: --load: {path}: ")
+    assert len(outcome.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--evaluate", "--qe-engine", "integer"], ["--qe-engine"]),
+        (["--evaluate", "--qept"], ["--qe-engine"]),
+        (["--qe-engine", "integer"], ["--qe-engine", "--quantize-eval"]),
+        (
+            ["--quantize-eval", "--qe-dynamic", "--qept", "--qe-engine", "simulate"],
+            ["--qe-convert-pytorch", "--qe-engine"],
+        ),
+        (["--quantize-eval", "--qe-dynamic", "--precision", "bf16"], ["--precision", "--quantize-eval"]),
+        (["--eval-fp16", "--precision", "bf16"], ["--precision", "--eval-fp16"]),
+        (["--qe-calibration", "1", "--precision", "bf16"], ["--precision", "--qe-calibration"]),
+    ],
+)
+def test_engine_and_precision_without_effect_are_refused(
+    refused, split_dir, checkpoint, tmp_path, flags, names
+):
+    """They name what they clash with."""
+    refused([split_dir, "--load", checkpoint, *flags, "-o", tmp_path / "out"], *names)
+
+
+def test_evaluation_in_bf16_is_near_fp32(ncf, split_dir, checkpoint):
+    """Asked for: the default is fp32."""
+    load = [split_dir, "--load", checkpoint, "--evaluate"]
+    line = initial(ncf(*load, "-o", "a"))
+    assert initial(ncf(*load, "--precision", "fp32", "-o", "b")) == line
+    hr = [
+        float(text.split()[2].rstrip(","))
+        for text in (line, initial(ncf(*load, "--precision", "bf16", "-o", "c")))
+    ]
+    assert hr[1] == pytest.approx(hr[0], abs=0.05)
 
 
 def test_dynamic_quantization_needs_no_statistics(ncf, split_dir, checkpoint):
@@ -847,6 +992,7 @@ def test_dynamic_quantization_does_not_depend_on_blocks(ncf, split_dir, checkpoi
     flags = ["--load", checkpoint, "--quantize-eval", "--qe-dynamic", "--qeba", "4"]
     line = initial(ncf(split_dir, *flags, "-o", "a"))
     monkeypatch.setitem(evaluation.PAIRS_PER_BLOCK, "cpu", 200)
+    monkeypatch.setitem(scoring.PAIRS_AT_ONCE, "cpu", 100)
     assert initial(ncf(split_dir, *flags, "-o", "b")) == line
 
 

@@ -208,7 +208,7 @@ def test_a_bias_beyond_the_accumulator_saturates(split):
 @given(any_settings(clips=("none",)), SEEDS, st.booleans())
 def test_dynamic_quantization_equals_the_reference(settings, seed, split):
     model = small_model(seed, split, layers=(6, 5, 4))
-    compare(model, None, settings, all_pairs(model), integer=True)
+    compare(model, None, settings, all_pairs(model))
 
 
 @pytest.mark.parametrize("clip", CLIPS[1:])
