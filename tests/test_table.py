@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 
 import convert
 import synthetic
-from benchmarks import table, training
+from benchmarks import evaluation, table, training
 from benchmarks.table import figures_in, markdown
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
@@ -296,6 +296,7 @@ def known_flags() -> dict[str, set[str]]:
         "synthetic.py": flags_of(lambda: synthetic.parse_arguments(None)),
         "benchmarks.table": flags_of(table.parse_args),
         "benchmarks.training": flags_of(training.parse_args),
+        "benchmarks.evaluation": flags_of(evaluation.parse_args),
         "torchrun": flags_of(lambda: get_args_parser().parse_args()),
     }
 

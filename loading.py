@@ -1,0 +1,115 @@
+"""Models from checkpoints: checked against the data and the flags, float, quantized or quantization-aware."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import neumf
+from dataset import Split
+from distiller.cli import InputError
+from distiller.quantization import PostTrainLinearQuantizer
+from distiller.quantization.train_aware import without_ranges
+from distiller.schedule import prepare_quantization_aware
+from neumf import NeuMF
+
+log = logging.getLogger("ncf")
+
+
+def load_model(args: Namespace, path: str | Path, checkpoint: dict[str, Any], split: Split) -> NeuMF:
+    """The float model of a checkpoint read from ``path``, its final layer as the flags have it.
+
+    Raises:
+        InputError: no checkpoint of a NeuMF, or its sizes are not the data's or the flags'.
+    """
+    if "quantizer" in checkpoint:
+        raise InputError(
+            f"--load: {path} is a quantized model: it can be evaluated, by --evaluate, and nothing else"
+        )
+    weights = without_ranges(checkpoint["state_dict"])
+    sizes = fitting_sizes(weights, args, path, split)
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"--load: {path}: {name} holds values that are not finite: its training diverged"
+            )
+    if checkpoint.get("data_digest", split.digest) != split.digest and not args.resume:
+        warn_of_other_data(args, path)
+    model = NeuMF(**sizes | {"split_final": args.split_final})
+    model.load_state_dict(neumf.with_final_layer(weights, args.split_final))
+    return model
+
+
+def fitting_sizes(
+    weights: dict[str, torch.Tensor], args: Namespace, path: str | Path, split: Split
+) -> dict[str, Any]:
+    """The sizes of a model by its weights; an ``InputError`` unless they are the data's and the flags'."""
+    try:
+        sizes = neumf.sizes_from_state_dict(weights)
+    except InputError as error:
+        raise InputError(f"--load: {path}: {error}") from error
+    if (sizes["nb_users"], sizes["nb_items"]) != (split.nb_users, split.nb_items):
+        raise InputError(
+            f"--load: {path} has {sizes['nb_users']} users and {sizes['nb_items']} items, "
+            f"{args.data} has {split.nb_users} and {split.nb_items}"
+        )
+    for name, size in (("factors", sizes["mf_dim"]), ("layers", sizes["mlp_layer_sizes"])):
+        if name in args.given and getattr(args, name) != size:
+            raise InputError(f"--{name}: {getattr(args, name)} asked for, but {path} has {size}")
+    return sizes
+
+
+def warn_of_other_data(args: Namespace, path: str | Path) -> None:
+    log.warning("%s was trained on other data than %s, or on a copy of it as CSV files", path, args.data)
+
+
+def load_quantized(
+    args: Namespace, checkpoint: dict[str, Any], split: Split, device: torch.device
+) -> PostTrainLinearQuantizer:
+    """The quantized model of a checkpoint that a quantized evaluation left, with its settings.
+
+    Raises:
+        InputError: not a whole one, its sizes are not the data's or the flags', or flags would quantize it again.
+    """
+    for flag, given in (("--quantize-eval", args.quantize_eval), ("--eval-fp16", args.eval_fp16)):
+        if given:
+            raise InputError(f"{flag}: {args.load} is quantized already: --evaluate evaluates it")
+    if "precision" in args.given:
+        raise InputError(f"--precision: {args.load} is quantized")
+    weights = neumf.weights_of_quantized(checkpoint["state_dict"])
+    sizes = fitting_sizes(weights, args, args.load, split)
+    if "split_final" in args.given and not sizes["split_final"]:
+        raise InputError(
+            f"--split-final: the final layer of {args.load} is not split, and was quantized as it is"
+        )
+    if checkpoint.get("data_digest", split.digest) != split.digest:
+        warn_of_other_data(args, args.load)
+    model = NeuMF(**sizes).to(device)
+    try:
+        return PostTrainLinearQuantizer.from_checkpoint(model, checkpoint, dummy_input(device))
+    except InputError as error:
+        raise InputError(f"--load: {args.load}: {error}") from error
+
+
+def dummy_input(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Arguments of the model's forward, for tracing it."""
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    return index, index, True
+
+
+def restore_rounding(model: NeuMF, checkpoint: dict[str, Any], args: Namespace) -> None:
+    """Make the model of a quantization-aware checkpoint round as it did in training, with the ranges it had."""
+    if neumf.is_split(checkpoint["state_dict"]) != args.split_final:
+        raise InputError(
+            f"--split-final: {'leave it out' if args.split_final else 'give it'}: a quantization-aware checkpoint "
+            "has the ranges of its own final layer"
+        )
+    try:
+        prepare_quantization_aware(model, checkpoint["quantization_aware"])
+        model.load_state_dict(checkpoint["state_dict"])
+    except (InputError, RuntimeError) as error:
+        raise InputError(f"not a whole checkpoint: {' '.join(str(error).split())}") from error
