@@ -346,21 +346,23 @@ def quantize(args: Namespace, model: NeuMF, device: torch.device) -> PostTrainLi
     return quantizer
 
 
-def quantized_scorer(args: Namespace, quantizer: PostTrainLinearQuantizer, compiled: bool) -> Scorer:
+def quantized_scorer(
+    args: Namespace, quantizer: PostTrainLinearQuantizer, split: Split, device: torch.device
+) -> Scorer:
     """What scores with a quantized model: in integers where it can and may, else simulated in floats."""
-    engine = "integer" if args.qe_convert_pytorch else args.qe_engine
-    if engine != "simulate":
+    if args.qe_convert_pytorch or args.qe_engine != "simulate":
         try:
-            return IntegerNeuMF(quantizer.model, compiled)
+            return IntegerNeuMF(quantizer.model, worth_compiling(args, split, device))
         except NotIntegerError as error:
-            if engine == "integer":
-                raise InputError(f"--qe-engine integer: {error}") from error
+            if args.qe_convert_pytorch or args.qe_engine == "integer":
+                flag = "--qe-convert-pytorch" if args.qe_convert_pytorch else "--qe-engine integer"
+                raise InputError(f"{flag}: {error}") from error
             log.warning("simulated in floats, which is slower: %s", error)
     return PairScorer(quantizer.model, one_user=quantizer.dynamic)
 
 
 def unquantized_scorer(
-    args: Namespace, model: NeuMF, checkpoint: dict[str, Any], device: torch.device, compiled: bool
+    args: Namespace, model: NeuMF, checkpoint: dict[str, Any], split: Split, device: torch.device
 ) -> Scorer:
     """What scores with a float model: in float32, bfloat16 or half precision, or rounding as it was trained to."""
     if "qe_engine" in args.given or args.qe_convert_pytorch:
@@ -374,8 +376,9 @@ def unquantized_scorer(
     model.to(device)
     if args.eval_fp16:
         return float_scorer(model.half())
-    bf16 = args.precision == "bf16"
-    return float_scorer(model, torch.bfloat16 if bf16 else None, compiled and bf16)
+    if args.precision == "bf16":
+        return float_scorer(model, torch.bfloat16, worth_compiling(args, split, device))
+    return float_scorer(model)
 
 
 def worth_compiling(args: Namespace, split: Split, device: torch.device) -> bool:
@@ -390,7 +393,6 @@ def worth_compiling(args: Namespace, split: Split, device: torch.device) -> bool
 def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
     """Evaluate in FP32, in half precision, or quantized; a model that is quantized here is kept."""
     checkpoint = load_checkpoint(args.load)
-    compiled = worth_compiling(args, split, device)
     quantizer = None
     if "quantizer" in checkpoint:
         quantizer = load_quantized(args, checkpoint, split, device)
@@ -399,9 +401,9 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
         if args.quantize_eval:
             quantizer = quantize(args, model, device)
     if quantizer:
-        scorer = quantized_scorer(args, quantizer, compiled)
+        scorer = quantized_scorer(args, quantizer, split, device)
     else:
-        scorer = unquantized_scorer(args, model, checkpoint, device, compiled)
+        scorer = unquantized_scorer(args, model, checkpoint, split, device)
     if processes.first:
         directory = recording.open_run_directory(args.out_dir, args.name, device)
         if quantizer:

@@ -40,7 +40,7 @@ class IntegerNeuMF:
 
     Raises:
         NotIntegerError: a layer up to there is left in float, finds its ranges on every batch or has more than 8 bits;
-            or sums may pass 32 bits.
+            or sums may pass 32 bits, or ranges what float32 holds.
     """
 
     @torch.no_grad()
@@ -58,9 +58,7 @@ class IntegerNeuMF:
             require_levels("mf_mult", params)
         self._product = Requantizer("mf_mult", model.mf_mult, users.scale * items.scale)
         self._user_zero_point, self._item_zero_point = users.zero_point, items.zero_point
-        # Float32 where it holds all sums without error, so that they need no conversion pair by pair.
-        dtype = torch.float32 if model.mlp[0].exact_dtype is torch.float32 else torch.int32
-        self._item_sums = self._first.sums_of(1, model.mlp_item_embed.weight.float()).to(dtype)  # (I, L_1)
+        self._item_sums = self._first.sums_of(1, model.mlp_item_embed.weight.float())  # (I, L_1)
         self._prepare_final(mf_dim, model.mlp[-1].weight.shape[0])
         self._in_integers = for_one_shape(self._integers) if compiled else self._integers
         self._pairs = COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE
@@ -116,7 +114,7 @@ class IntegerNeuMF:
         """What users bring to the first layer's sums, (B, L_1), and to the product of embeddings, (B, F)."""
         codes = F.embedding(users, self._model.mlp_user_embed.weight).float()
         factors = F.embedding(users, self._model.mf_user_embed.weight) + self._user_zero_point
-        return self._first.sums_of(0, codes).to(self._item_sums.dtype), factors
+        return self._first.sums_of(0, codes), factors
 
     def _integers(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> list[Tensor]:
         """What the last layers that are computed in integers hand on: N rows each."""

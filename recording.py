@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from distiller.calibration import histogram_range
 from distiller.cli import InputError
 from distiller.files import atomic_write
+from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE
 
 CHECKPOINT, BEST, QUANTIZED = "checkpoint.pth.tar", "best.pth.tar", "quantized.pth.tar"
 CONFIG, RESULTS, LOG = "config.json", "valid_results.csv", "ncf.log"
@@ -109,7 +110,11 @@ def holds_run(directory: Path) -> bool:
 
 def clear_run(directory: Path) -> None:
     """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
-    for pattern in (CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"):
+    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE)
+    for pattern in (
+        *(CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"),
+        *evaluation,
+    ):
         for path in directory.glob(pattern):
             path.unlink()
 
@@ -134,7 +139,7 @@ class Recorder:
 
         self.directory = directory
         self.pictures = pictures
-        self.writer = SummaryWriter(str(directory))
+        self.writer = SummaryWriter(str(directory.resolve()))
 
     def __enter__(self) -> Recorder:
         return self

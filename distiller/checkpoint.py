@@ -72,6 +72,11 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     )
     if not tensors:
         raise InputError(f"{path}: not a checkpoint: it holds no state_dict of tensors")
+    for key, tensor in state_dict.items():
+        # A tensor can repeat its storage, and so claim any size.
+        dense = tensor.layout is torch.strided and not tensor.is_nested
+        if not dense or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path}: not a checkpoint: {key} is of another size than the file holds")
     return content
 
 

@@ -871,11 +871,11 @@ def test_what_integers_cannot_is_simulated_with_a_note(quantize_eval, flags, rea
     assert initial(outcome) == line
     (note,) = [text for text in outcome.err.splitlines() if "simulated" in text]
     assert reason in note
-    for more in (["--qe-engine", "integer"], ["--qept"]):
-        outcome = quantize_eval(flags, "c", *more)
+    for more, flag in (("--qe-engine integer", "--qe-engine integer"), ("--qept", "--qe-convert-pytorch")):
+        outcome = quantize_eval(flags, "c", *more.split())
         assert outcome.code == 2
         *_, error = outcome.err.splitlines()  # dynamic quantization warns of layers before it
-        assert error.startswith("ncf.py: error: --qe-engine integer: ")
+        assert error.startswith(f"ncf.py: error: {flag}: ")
         assert reason in error
         assert not Path("c").exists()
 
@@ -892,6 +892,23 @@ def test_quantized_model_evaluates_without_float_model_or_statistics(ncf, split_
     assert [Path("b", name).read_bytes() for name in names] == [
         Path("a", name).read_bytes() for name in names
     ]
+
+
+def test_overwriting_a_run_removes_its_quantized_model(ncf, split_dir, quantize_eval):
+    """It is not the new run's."""
+    assert quantize_eval(["--qem", "asym_u"], "a").code == 0
+    assert ncf(split_dir, *TRAIN, "-e", 1, "-o", "a", "--overwrite").code == 0
+    assert not {"quantized.pth.tar", "layer_quant_params.yaml"} & set(os.listdir("a"))
+
+
+@pytest.mark.parametrize("flags", [["--evaluate"], ["--quantize-eval", "--qe-dynamic"], ["--eval-fp16"]])
+def test_nothing_is_compiled_in_vain(ncf, split_dir, checkpoint, monkeypatch, flags):
+    """What is not compiled does not ask for a compiler."""
+    monkeypatch.setattr(script, "PAIRS_WORTH_COMPILING", 1)
+    monkeypatch.setattr(script, "why_not_compiled", lambda device: "no compiler")
+    outcome = ncf(split_dir, "--load", checkpoint, *flags, "-o", "a")
+    assert outcome.code == 0
+    assert ("no compiler" in outcome.out) == ("--qe-dynamic" in flags)
 
 
 def test_quantized_model_says_where_it_is_from(quantize_eval, checkpoint, split_dir):

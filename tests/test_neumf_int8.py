@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +17,19 @@ from helpers_quant import MODES, all_pairs, integer_scores, model_statistics, sc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import neumf
+from dataset import load_split
+from distiller.calibration import collect_quant_stats
 from distiller.checkpoint import load_checkpoint, save_checkpoint
 from distiller.cli import InputError
 from distiller.quantization import PostTrainLinearQuantizer, integer
 from distiller.quantization.integer import IntegerLinear, NotIntegerError, code_product
+from distiller.quantization.linear import LinearQuantMode, QuantParams
+from distiller.quantization.wrappers import ActivationSettings, QuantizedLinear, WeightSettings
+from evaluation import score_all, score_candidates
 from neumf import NeuMF, weights_of_quantized
 from neumf_int8 import IntegerNeuMF
+from scoring import PairScorer
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 FLOAT = {"bits_activations": None, "bits_weights": None}
@@ -147,13 +157,58 @@ def test_weights_only_final_layer():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_scores_on_every_device(device):
-    """Integers are the same; a float sigmoid between two quantized tensors may round another way."""
+    """Those of the simulation there."""
     model = small_model(10, mf_dim=16, layers=(32, 24, 16))
-    prepared = quantized(model, model_statistics(model), mode="asym_u")
-    users, items = pairs_of(prepared)
-    expected = IntegerNeuMF(prepared)(users, items[:, None])
-    found = IntegerNeuMF(prepared.to(device))(users.to(device), items.to(device)[:, None])
-    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-2 if device == "cuda" else 0)
+    prepared = quantized(model, model_statistics(model), mode="asym_u").to(device)
+    users, items = (index.to(device) for index in pairs_of(prepared))
+    assert torch.equal(
+        IntegerNeuMF(prepared)(users, items[:, None]), PairScorer(prepared)(users, items[:, None])
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("which", ["bias", "width", "both widths"])
+@pytest.mark.parametrize("split", [False, True])
+def test_sums_beyond_what_float32_adds(which, mode, split):
+    """Of one input's products, or of all."""
+    widths = {"bias": (3, (6, 5, 4)), "width": (600, (16, 8)), "both widths": (600, (1200, 900))}
+    mf_dim, layers = widths[which]
+    model = small_model(22, split, mf_dim=mf_dim, layers=layers)
+    finals = [model.final_mf, model.final_mlp] if split else [model.final]
+    for final in finals:
+        if which == "bias":
+            final.weight.mul_(1e-4)
+            final.bias.fill_(50)
+        else:
+            final.weight.abs_().add_(3)
+    for linear in model.mlp:
+        linear.weight.abs_()
+    prepared = quantized(model, model_statistics(model), mode=mode)
+    if mode.startswith("asym"):
+        assert any(layer.exact_dtype is torch.float64 for layer in (*prepared.mlp, *_finals(prepared)))
+    assert_equal_scores(prepared)
+
+
+def _finals(model: NeuMF) -> list:
+    return [model.final_mf, model.final_mlp] if model.split_final else [model.final]
+
+
+def test_sums_of_two_wide_inputs_are_exact():
+    """Where the first input's products fit float32 and the second's, or both together, do not."""
+    torch.manual_seed(0)
+    linear = QuantizedLinear(
+        torch.nn.Linear(1000, 30, bias=False).requires_grad_(False),
+        WeightSettings(8, LinearQuantMode.ASYMMETRIC_SIGNED),
+        ActivationSettings(8, LinearQuantMode.ASYMMETRIC_UNSIGNED),
+        [QuantParams(torch.ones(1), torch.zeros(1), 0, 255)],
+        QuantParams(torch.ones(1), torch.zeros(1), 0, 255),
+    )
+    layer = IntegerLinear("layer", linear, [200, 800])
+    q = torch.randint(0, 256, (500, 1000)).float()
+    operand = linear.weight.long() + linear.w_zero_point.long()[:, None]
+    parts = [layer.sums_of(i, part.clone()) for i, part in enumerate(q.split([200, 800], dim=1))]
+    assert parts[0].dtype == parts[1].dtype
+    assert torch.equal((parts[0] + parts[1]).long(), q.long() @ operand.t())
 
 
 def test_scores_do_not_depend_on_how_users_and_items_stand():
@@ -187,6 +242,34 @@ def test_product_of_extremes_is_exact(monkeypatch, features, native):
     assert found.dtype == torch.int32
     assert found[0].tolist() == [features << 14] * 16
     assert found[3].tolist() == [(features << 14) - 255 * 128] * 16
+
+
+@pytest.mark.parametrize(("file", "users"), [("ml-100k/u.data", 943), ("ml-1m/ratings.csv", 500)])
+def test_models_of_real_data(ncf, convert, tmp_path, file, users):
+    """All modes, split and not, per channel and not, at 8 bits and fewer."""
+    directory = os.environ.get("NCF_TEST_DATA")
+    if not directory:
+        pytest.skip(f"NCF_TEST_DATA names no directory with {file}")
+    data, run = tmp_path / "data", tmp_path / "run"
+    assert convert(Path(directory) / file, data).code == 0
+    recipe = ["-b", 2048, "-l", 0.0005, "-f", 64, "--layers", 256, 256, 128, 64, "-s", 1, "--max-steps", 500]
+    assert ncf(data, *recipe, "-o", run).code == 0
+    split = load_split(data)
+    weights = load_checkpoint(run / "best.pth.tar")["state_dict"]
+    for split_final in (False, True):
+        model = NeuMF(**neumf.sizes_from_state_dict(weights) | {"split_final": split_final}).eval()
+        model.load_state_dict(neumf.with_final_layer(weights, split_final))
+        calibrate = partial(score_all, split=split, nb_users=users // 10)
+        statistics = collect_quant_stats(model, calibrate, rows_per_batch=split.nb_candidates)
+        for mode, per_channel, bits in product(MODES, (False, True), (8, 5)):
+            arguments = {"mode": mode, "per_channel_wts": per_channel, "bits_parameters": bits}
+            prepared = quantized(model.requires_grad_(False), statistics, **arguments)
+            both = (
+                score_candidates(scorer, split, range(users))
+                for scorer in (PairScorer(prepared), IntegerNeuMF(prepared))
+            )
+            for (_, simulated), (_, found) in zip(*both, strict=True):
+                assert torch.equal(found, simulated), arguments
 
 
 # --- what integers cannot ---
@@ -314,8 +397,10 @@ def test_saved_tables_and_weights_are_8_bit_integers():
         assert content["state_dict"][f"{name}.weight"].dtype in (torch.int8, torch.uint8)
 
 
-def quantized_checkpoint(model: NeuMF) -> dict:
-    quantizer = PostTrainLinearQuantizer(model, model_activation_stats=model_statistics(model), mode="asym_u")
+def quantized_checkpoint(model: NeuMF, **arguments) -> dict:
+    quantizer = PostTrainLinearQuantizer(
+        model, model_activation_stats=model_statistics(model), mode="asym_u", **arguments
+    )
     quantizer.prepare_model((*all_pairs(model), True))
     return quantizer.checkpoint()
 
@@ -335,6 +420,73 @@ def test_tensor_that_is_missing_is_an_error(key):
     del content["state_dict"][key]
     other = small_model(20)
     with pytest.raises(InputError, match=key):
+        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mlp.0.bias", torch.nan),
+        ("final.bias", torch.inf),
+        ("mlp.0.w_zero_point", torch.nan),
+        ("mlp.0.w_zero_point", 1e30),
+        ("mlp.0.w_zero_point", -0.5),
+        ("mlp.0.w_scale", -1.0),
+        ("mlp.0.input_0_scale", 0.0),
+        ("mlp.0.input_0_zero_point", 300.0),
+        ("mf_mult.input_0_zero_point", 1.0),
+        ("sigmoid.output_scale", torch.inf),
+    ],
+)
+def test_values_that_no_quantized_model_has(key, value):
+    """They would give other scores in integers than simulated."""
+    content = quantized_checkpoint(small_model(23))
+    content["state_dict"][key] = torch.full_like(content["state_dict"][key], value)
+    other = small_model(23)
+    with pytest.raises(InputError, match="not a quantized model: "):
+        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits_parameters": 4}, "zero point of .* is out of range"),
+        ({"clip_acts": "n_std", "clip_n_stds": 10**400}, "--qe-clip-n-stds"),
+        ({"mode": "best"}, "mode"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_settings_of_another_quantized_model(change, message):
+    content = quantized_checkpoint(small_model(24))
+    content["quantizer"] |= change
+    other = small_model(24)
+    with pytest.raises(InputError, match=message):
+        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+
+
+def test_integers_outside_their_range_are_an_error():
+    content = quantized_checkpoint(small_model(27), bits_parameters=4)
+    content["state_dict"]["mlp.0.weight"][0, 0] = 16
+    other = small_model(27)
+    with pytest.raises(InputError, match=r"mlp\.0 holds weights outside 0 to 15"):
+        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+
+
+@pytest.mark.parametrize("statistics", ["/etc/passwd", 3, {"mlp.0": {"output": {"shape": torch.ones(1)}}}])
+def test_statistics_are_a_map_of_numbers_and_texts(statistics):
+    """Not the name of a file to read."""
+    content = quantized_checkpoint(small_model(25)) | {"statistics": statistics}
+    other = small_model(25)
+    with pytest.raises(InputError, match="not a whole quantized model"):
+        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.int64])
+def test_tensor_of_another_type_is_an_error(dtype):
+    content = quantized_checkpoint(small_model(26))
+    content["state_dict"]["mlp.0.weight"] = content["state_dict"]["mlp.0.weight"].to(dtype)
+    other = small_model(26)
+    with pytest.raises(InputError, match=r"mlp\.0\.weight"):
         PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
 
 

@@ -7,6 +7,7 @@ with a shift s that moves unsigned integers into int8's range. Shapes: N rows, K
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -88,39 +89,40 @@ class IntegerProduct:
         linear: The layer.
         columns: Its input features.
         bias: Add the layer's bias.
+        dtype: Of the sums, int32 or, where it holds all of the layer's without error, float32.
     """
 
-    def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool):
+    def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool, dtype: torch.dtype):
         inputs, (w_min, _) = linear.fixed_input(0), linear.weight_range
         self._shift = code_shift(inputs.q_min)
         weight = (linear.weight[:, columns].int() - code_shift(w_min)).to(torch.int8)
-        self._features, depth = weight.shape
+        self._outputs, depth = weight.shape
         a = int(inputs.zero_point) + self._shift
         b = linear.w_zero_point.int() + code_shift(w_min)
         constant = a * weight.sum(1, dtype=torch.int32) + depth * a * b
         if bias and linear.bias is not None:
             constant += linear.bias.int()
-        # Float32 where it holds the sum of all terms' magnitudes: it is what comes next.
+        # The terms may be larger than their sum is.
         largest = depth * LARGEST_TERM + constant.abs().max().item()
-        self._dtype = torch.float32 if largest <= EXACT_IN_FLOAT32 else torch.int32
-        self._constant = constant.to(self._dtype)
-        self._row_offset = b.to(self._dtype) if b.any() else None
+        self._dtype, self._term_dtype = dtype, dtype if largest <= EXACT_IN_FLOAT32 else torch.int32
+        self._constant = constant.to(self._term_dtype)
+        self._row_offset = b.to(self._term_dtype) if b.any() else None
         self._padding = -depth % MULTIPLE
         weight = F.pad(weight, (0, self._padding, 0, -len(weight) % MULTIPLE))
         self._weight = weight.to(product_dtype(depth, weight.device)).t()
 
     def __call__(self, q: Tensor) -> Tensor:
-        """(N, M) in int32 or float32, exact, of (N, K) whole numbers in float32, which are overwritten."""
+        """(N, M) of (N, K) whole numbers in float32, which are overwritten."""
         if self._shift:
             q.sub_(self._shift)
         # Compiled, float32 to int8 at once takes 0.45 ms, by way of int32 0.39 (4000 x 256, with its sums).
         codes = (q.to(torch.int32) if torch.compiler.is_compiling() else q).to(torch.int8)
         if self._padding:
             codes = F.pad(codes, (0, self._padding))
-        sums = code_product(codes, self._weight)[:, : self._features].to(self._dtype) + self._constant
+        sums = code_product(codes, self._weight)[:, : self._outputs].to(self._term_dtype) + self._constant
         if self._row_offset is not None:
-            sums.addcmul_(q.sum(1, keepdim=True).to(self._dtype), self._row_offset)
-        return sums
+            sums.addcmul_(q.sum(1, keepdim=True).to(self._term_dtype), self._row_offset)
+        return sums.to(self._dtype)
 
 
 class SingleOutput:
@@ -165,7 +167,7 @@ class Requantizer:
         require_levels(name, output)
         self._factor = approximate_scale(output.scale / scale, layer.settings.scale_bits)
         if not torch.isfinite(self._factor).all():
-            raise NotIntegerError(f"layer {name} has a scale beyond what float32 holds")
+            raise NotIntegerError(f"layer {name} has a factor between scales that float32 does not hold")
         self._bits = bits
         self._zero_point = output.zero_point.item()
         # All of this rises with the sum, so that a ReLU before it is a bound on what comes out.
@@ -191,7 +193,7 @@ class Rescaler:
         require_levels(name, output)
         self._ratio = output.scale / inputs.scale
         if not torch.isfinite(self._ratio).all():
-            raise NotIntegerError(f"layer {name} has a scale beyond what float32 holds")
+            raise NotIntegerError(f"layer {name} has a factor between scales that float32 does not hold")
         self._from, self._to = inputs.zero_point.item(), output.zero_point.item()
         self._low, self._high = output.q_min, output.q_max
 
@@ -215,7 +217,8 @@ class IntegerLinear:
         concat: The layer that puts them side by side, and its name; None for a single input.
 
     Raises:
-        NotIntegerError: more than 8 bits, or sums that 32 bits may not hold.
+        NotIntegerError: more than 8 bits, sums that 32 bits may not hold, or ranges or factors between scales that
+            float32 does not.
     """
 
     def __init__(
@@ -230,17 +233,20 @@ class IntegerLinear:
             raise NotIntegerError(f"layer {name} has more than 8 bits")
         require_levels(name, linear.fixed_input(0))
         largest_bias = 0 if linear.bias is None else linear.bias.abs().max().item()
-        if sum(widths) * LARGEST_TERM + largest_bias >= LARGEST_SUM:
+        if not sum(widths) * LARGEST_TERM + largest_bias < LARGEST_SUM:
             raise NotIntegerError(f"layer {name} has sums that 32 bits may not hold")
         self._rescalers = [Rescaler(concat[0], concat[1], i) for i in range(len(widths))] if concat else None
-        single = len(linear.weight) == 1 and linear.exact_dtype is torch.float32
-        product = SingleOutput if single else IntegerProduct
-        ends = list(accumulate(widths, initial=0))
-        self._products = [product(linear, slice(*ends), bias=ends[0] == 0) for ends in pairwise(ends)]
+        exact = linear.exact_dtype is torch.float32
+        if exact and len(linear.weight) == 1:
+            product = SingleOutput
+        else:
+            product = partial(IntegerProduct, dtype=torch.float32 if exact else torch.int32)
+        ends = pairwise(accumulate(widths, initial=0))
+        self._products = [product(linear, slice(start, stop), start == 0) for start, stop in ends]
         self._requantizer = Requantizer(name, linear, linear.accumulator_scale, linear.accumulator_bits)
 
     def sums_of(self, position: int, q: Tensor) -> Tensor:
-        """What one input, (N, K) whole numbers in float32, adds to the sums: (N, M) in int32 or float32.
+        """What one input, (N, K) whole numbers in float32, adds to the sums: (N, M) in float32 or int32, always alike.
 
         ``q`` is overwritten.
         """

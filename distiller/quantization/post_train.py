@@ -25,6 +25,7 @@ from .clipping import ClipMode, required_statistics
 from .linear import LinearQuantMode, QuantParams, params_of_range
 from .settings import Request, choice, modes, requests_by_layer
 from .statistics import (
+    FLAG,
     Statistics,
     check_statistics,
     clip_to_consumers,
@@ -366,15 +367,23 @@ class PostTrainLinearQuantizer:
             dummy_input: As for ``prepare_model``.
 
         Raises:
-            InputError: the parts do not fit each other.
+            InputError: the parts do not fit each other, or hold what no quantized model has.
         """
         try:
-            quantizer = cls(model, model_activation_stats=content["statistics"], **content["quantizer"])
+            statistics = content["statistics"]
+            if not _is_plain(statistics) or isinstance(statistics, str):
+                raise TypeError("statistics are not a map of numbers")
+            quantizer = cls(model, model_activation_stats=statistics, **content["quantizer"])
             quantizer.prepare_model(dummy_input)
+            own = {name: (x.dtype, x.shape) for name, x in model.state_dict().items()}
+            for name, x in content["state_dict"].items():
+                if own.get(name, (x.dtype, x.shape)) != (x.dtype, x.shape):
+                    raise TypeError(f"{name} is {x.dtype}, {tuple(x.shape)}")
             model.load_state_dict(content["state_dict"])
-        except (KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"not a whole quantized model: {type(error).__name__}: {reason}") from error
+        except (InputError, KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).removeprefix(f"{FLAG}: ").split())
+            raise InputError(f"not a whole quantized model: {reason}") from error
+        _check_tensors(model)
         return quantizer
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -415,6 +424,32 @@ class PostTrainLinearQuantizer:
             if key.endswith(("scale", "zero_point")) and value.numel() == 1
         }
         return entry | scalars
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is made of maps, texts and numbers alone."""
+    if isinstance(value, dict):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    return value is None or isinstance(value, str | int | float)
+
+
+def _check_tensors(model: nn.Module) -> None:
+    """Raise an ``InputError`` unless a prepared model's tensors are such as preparing makes.
+
+    Floats are finite, scales above 0, zero points whole numbers whose range contains 0, and integers in their range.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"not a quantized model: {name} holds values that are not finite")
+        if name.endswith("scale") and not (tensor > 0).all():
+            raise InputError(f"not a quantized model: {name} holds values that are not above 0")
+    for name, module in model.named_modules():
+        for what, params in getattr(module, "all_params", dict)().items():
+            zero_point, low, high = params.zero_point, params.q_min, params.q_max
+            if ((zero_point != zero_point.round()) | (zero_point < -high) | (zero_point > -low)).any():
+                raise InputError(f"not a quantized model: the zero point of {name}'s {what} is out of range")
+            if what == "weight" and ((module.weight < low) | (module.weight > high)).any():
+                raise InputError(f"not a quantized model: {name} holds weights outside {low} to {high}")
 
 
 def plain_value(value: object) -> object:

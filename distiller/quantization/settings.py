@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ..cli import InputError
 from .clipping import ACIQ_ALPHA, ACIQ_MAX_BITS, ClipMode
 from .linear import LinearQuantMode
+from .statistics import FLOAT32_MAX
 from .wrappers import ActivationSettings, WeightSettings
 
 MAX_BITS = 16
@@ -96,7 +97,7 @@ def _check_levels(mode: LinearQuantMode, bits: int, layer: str) -> None:
 
 def _check_clip(clip: ClipMode, n_stds: float | None, bits: int, layer: str) -> None:
     number = isinstance(n_stds, int | float) and not isinstance(n_stds, bool)
-    if clip is ClipMode.N_STD and not (number and n_stds > 0):
+    if clip is ClipMode.N_STD and not (number and 0 < n_stds <= FLOAT32_MAX):
         raise InputError(
             f"--qe-clip-acts n_std for layer {layer} needs --qe-clip-n-stds above 0, not {n_stds!r}"
         )

@@ -115,6 +115,10 @@ class QuantizedModule(nn.Module, ABC):
             getattr(self, f"{name}_scale"), getattr(self, f"{name}_zero_point"), *self._ranges[name]
         )
 
+    def all_params(self) -> dict[str, QuantParams]:
+        """All parameters that are fixed, by what they are of."""
+        return {name: self._registered(name) for name in self._ranges}
+
     def input_params(self, position: int, x: Tensor) -> QuantParams:
         """The parameters to quantize input ``position`` with."""
         if self.dynamic:
@@ -304,7 +308,7 @@ class QuantizedLinear(AccumulatingModule):
         quantize_weights(self, linear.weight, params)
         self._quantize_bias(linear.bias)
         self._prepare_product()
-        self.register_load_state_dict_post_hook(lambda module, _: module._prepare_product())
+        self.register_load_state_dict_post_hook(_prepare_again)
 
     def _quantize_bias(self, bias: Tensor | None) -> None:
         self.bias: Tensor | None
@@ -331,6 +335,10 @@ class QuantizedLinear(AccumulatingModule):
         largest = operand.double().abs().sum(1).max().item() * (x.q_max - x.q_min + 1) + largest_bias
         return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
 
+    def all_params(self) -> dict[str, QuantParams]:
+        weight = QuantParams(self.w_scale, self.w_zero_point, *self.weight_range)
+        return super().all_params() | {"weight": weight}
+
     def _accumulator_scale(self, input_scale: Tensor) -> Tensor:
         return approximate_scale(input_scale * self.w_scale, self.settings.scale_bits)
 
@@ -356,6 +364,10 @@ class QuantizedLinear(AccumulatingModule):
         return saturate(total, self.accumulator_bits).float(), scale
 
 
+def _prepare_again(linear: QuantizedLinear, _: object) -> None:
+    linear._prepare_product()
+
+
 class QuantizedEmbedding(nn.Module):
     """``nn.Embedding`` with a table of integers; what it hands out carries the table's parameters.
 
@@ -372,6 +384,10 @@ class QuantizedEmbedding(nn.Module):
     @property
     def params(self) -> QuantParams:
         return QuantParams(self.w_scale, self.w_zero_point, *self._range)
+
+    def all_params(self) -> dict[str, QuantParams]:
+        """The table's, by its name."""
+        return {"weight": self.params}
 
     def forward(self, index: Tensor) -> Tensor:
         params = self.params
