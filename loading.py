@@ -13,6 +13,7 @@ import neumf
 from dataset import Split
 from distiller.cli import InputError
 from distiller.quantization import PostTrainLinearQuantizer
+from distiller.quantization.saved import restore
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import prepare_quantization_aware
 from neumf import NeuMF
@@ -90,7 +91,7 @@ def load_quantized(
         warn_of_other_data(args, args.load)
     model = NeuMF(**sizes).to(device)
     try:
-        return PostTrainLinearQuantizer.from_checkpoint(model, checkpoint, dummy_input(device))
+        return restore(model, checkpoint, dummy_input(device))
     except InputError as error:
         raise InputError(f"--load: {args.load}: {error}") from error
 

@@ -25,6 +25,7 @@ from distiller.cli import InputError, run
 from distiller.files import file_digest
 from distiller.quantization import PostTrainLinearQuantizer
 from distiller.quantization.integer import NotIntegerError
+from distiller.quantization.saved import content_of
 from distiller.quantization.statistics import foreign_statistics, save_statistics
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule
@@ -425,7 +426,7 @@ def save_quantized(
         "data_digest": split.digest,
         "command": recording.command_line(),
     }
-    save_checkpoint(directory / recording.QUANTIZED, origin | quantizer.checkpoint())
+    save_checkpoint(directory / recording.QUANTIZED, origin | content_of(quantizer))
 
 
 def main() -> None:

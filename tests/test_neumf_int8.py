@@ -25,6 +25,7 @@ from distiller.cli import InputError
 from distiller.quantization import PostTrainLinearQuantizer, integer
 from distiller.quantization.integer import IntegerLinear, NotIntegerError, code_product
 from distiller.quantization.linear import LinearQuantMode, QuantParams
+from distiller.quantization.saved import content_of, restore
 from distiller.quantization.wrappers import ActivationSettings, QuantizedLinear, WeightSettings
 from evaluation import score_all, score_candidates
 from neumf import NeuMF, weights_of_quantized
@@ -380,14 +381,14 @@ def test_saved_model_scores_the_same(split, arguments, tmp_path):
     arguments = {"model_activation_stats": model_statistics(model)} | arguments
     quantizer = PostTrainLinearQuantizer(model, **arguments)
     quantizer.prepare_model((*all_pairs(model), True))
-    save_checkpoint(tmp_path / "quantized", quantizer.checkpoint())
+    save_checkpoint(tmp_path / "quantized", content_of(quantizer))
     other = small_model(17, split)
     content = load_checkpoint(tmp_path / "quantized")
     pairs = all_pairs(other)
-    restored = PostTrainLinearQuantizer.from_checkpoint(other, content, (*pairs, True))
+    restored = restore(other, content, (*pairs, True))
     np.testing.assert_array_equal(scores(other, pairs), scores(model, pairs))
     assert restored.describe() == quantizer.describe()
-    assert restored.checkpoint()["quantizer"] == quantizer.checkpoint()["quantizer"]
+    assert content_of(restored)["quantizer"] == content_of(quantizer)["quantizer"]
 
 
 def test_saved_tables_and_weights_are_8_bit_integers():
@@ -402,7 +403,7 @@ def quantized_checkpoint(model: NeuMF, **arguments) -> dict:
         model, model_activation_stats=model_statistics(model), mode="asym_u", **arguments
     )
     quantizer.prepare_model((*all_pairs(model), True))
-    return quantizer.checkpoint()
+    return content_of(quantizer)
 
 
 @pytest.mark.parametrize("part", ["state_dict", "statistics", "quantizer"])
@@ -411,7 +412,7 @@ def test_part_that_is_missing_is_an_error(part):
     del content[part]
     other = small_model(19)
     with pytest.raises(InputError, match="not a whole quantized model"):
-        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+        restore(other, content, (*all_pairs(other), True))
 
 
 @pytest.mark.parametrize("key", ["mlp.0.w_scale", "mf_mult.output_scale", "sigmoid.input_0_zero_point"])
@@ -420,7 +421,7 @@ def test_tensor_that_is_missing_is_an_error(key):
     del content["state_dict"][key]
     other = small_model(20)
     with pytest.raises(InputError, match=key):
-        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+        restore(other, content, (*all_pairs(other), True))
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,7 @@ def test_values_that_no_quantized_model_has(key, value):
     content["state_dict"][key] = torch.full_like(content["state_dict"][key], value)
     other = small_model(23)
     with pytest.raises(InputError, match="not a quantized model: "):
-        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+        restore(other, content, (*all_pairs(other), True))
 
 
 @pytest.mark.parametrize(
@@ -461,7 +462,7 @@ def test_settings_of_another_quantized_model(change, message):
     content["quantizer"] |= change
     other = small_model(24)
     with pytest.raises(InputError, match=message):
-        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+        restore(other, content, (*all_pairs(other), True))
 
 
 def test_integers_outside_their_range_are_an_error():
@@ -469,7 +470,7 @@ def test_integers_outside_their_range_are_an_error():
     content["state_dict"]["mlp.0.weight"][0, 0] = 16
     other = small_model(27)
     with pytest.raises(InputError, match=r"mlp\.0 holds weights outside 0 to 15"):
-        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+        restore(other, content, (*all_pairs(other), True))
 
 
 @pytest.mark.parametrize("statistics", ["/etc/passwd", 3, {"mlp.0": {"output": {"shape": torch.ones(1)}}}])
@@ -478,7 +479,7 @@ def test_statistics_are_a_map_of_numbers_and_texts(statistics):
     content = quantized_checkpoint(small_model(25)) | {"statistics": statistics}
     other = small_model(25)
     with pytest.raises(InputError, match="not a whole quantized model"):
-        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+        restore(other, content, (*all_pairs(other), True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.int64])
@@ -487,7 +488,7 @@ def test_tensor_of_another_type_is_an_error(dtype):
     content["state_dict"]["mlp.0.weight"] = content["state_dict"]["mlp.0.weight"].to(dtype)
     other = small_model(26)
     with pytest.raises(InputError, match=r"mlp\.0\.weight"):
-        PostTrainLinearQuantizer.from_checkpoint(other, content, (*all_pairs(other), True))
+        restore(other, content, (*all_pairs(other), True))
 
 
 def test_linear_of_several_inputs_without_bias():

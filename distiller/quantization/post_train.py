@@ -8,7 +8,6 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from .clipping import ClipMode, required_statistics
 from .linear import LinearQuantMode, QuantParams, params_of_range
 from .settings import Request, choice, modes, requests_by_layer
 from .statistics import (
-    FLAG,
     Statistics,
     check_statistics,
     clip_to_consumers,
@@ -329,63 +327,6 @@ class PostTrainLinearQuantizer:
         with _statistics_of(name):
             return params_of_range(low.reshape(1), high.reshape(1), weights.bits, weights.mode)
 
-    def checkpoint(self) -> dict[str, Any]:
-        """All that ``from_checkpoint`` makes the prepared model of: integers, scales and settings, in plain values."""
-        request = self.default
-        return {
-            "state_dict": self.model.state_dict(),
-            "statistics": self.statistics,
-            "quantizer": {
-                "bits_activations": request.bits_activations,
-                "bits_parameters": request.bits_weights,
-                "bits_accum": request.bits_accum,
-                "overrides": {
-                    pattern: {key: plain_value(value) for key, value in changes.items()}
-                    for pattern, changes in self.overrides.items()
-                },
-                "mode": {
-                    "activations": request.mode_activations.value,
-                    "weights": request.mode_weights.value,
-                },
-                "clip_acts": request.clip_acts.value,
-                "per_channel_wts": request.per_channel_wts,
-                "clip_n_stds": request.clip_n_stds,
-                "scale_approx_mult_bits": request.scale_approx_mult_bits,
-                "save_fp_weights": self.save_fp_weights,
-            },
-        }
-
-    @classmethod
-    def from_checkpoint(
-        cls, model: nn.Module, content: Mapping[str, Any], dummy_input: Any
-    ) -> PostTrainLinearQuantizer:
-        """Make a prepared model again, from what ``checkpoint`` returned.
-
-        Args:
-            model: Of the same structure, in float; whatever its weights are, they are replaced.
-            content: What ``checkpoint`` returned.
-            dummy_input: As for ``prepare_model``.
-
-        Raises:
-            InputError: the parts do not fit each other, or hold what no quantized model has.
-        """
-        try:
-            statistics = content["statistics"]
-            if not _is_plain(statistics) or isinstance(statistics, str):
-                raise TypeError("statistics are not a map of numbers")
-            quantizer = cls(model, model_activation_stats=statistics, **content["quantizer"])
-            quantizer.prepare_model(dummy_input)
-            own = {name: (x.dtype, x.shape) for name, x in model.state_dict().items()}
-            for name, x in content["state_dict"].items():
-                if own.get(name, (x.dtype, x.shape)) != (x.dtype, x.shape):
-                    raise TypeError(f"{name} is {x.dtype}, {tuple(x.shape)}")
-            model.load_state_dict(content["state_dict"])
-        except (InputError, KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).removeprefix(f"{FLAG}: ").split())
-            raise InputError(f"not a whole quantized model: {reason}") from error
-        _check_tensors(model)
-        return quantizer
-
     def save(self, directory: str | os.PathLike) -> None:
         """Leave in a directory what ``prepare_model`` made: ranges as used, and every layer's parameters."""
         (Path(directory) / STATS_FILE).unlink(missing_ok=True)  # of an evaluation before, with other settings
@@ -424,37 +365,6 @@ class PostTrainLinearQuantizer:
             if key.endswith(("scale", "zero_point")) and value.numel() == 1
         }
         return entry | scalars
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a value is made of maps, texts and numbers alone."""
-    if isinstance(value, dict):
-        return all(_is_plain(part) for pair in value.items() for part in pair)
-    return value is None or isinstance(value, str | int | float)
-
-
-def _check_tensors(model: nn.Module) -> None:
-    """Raise an ``InputError`` unless a prepared model's tensors are such as preparing makes.
-
-    Floats are finite, scales above 0, zero points whole numbers whose range contains 0, and integers in their range.
-    """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"not a quantized model: {name} holds values that are not finite")
-        if name.endswith("scale") and not (tensor > 0).all():
-            raise InputError(f"not a quantized model: {name} holds values that are not above 0")
-    for name, module in model.named_modules():
-        for what, params in getattr(module, "all_params", dict)().items():
-            zero_point, low, high = params.zero_point, params.q_min, params.q_max
-            if ((zero_point != zero_point.round()) | (zero_point < -high) | (zero_point > -low)).any():
-                raise InputError(f"not a quantized model: the zero point of {name}'s {what} is out of range")
-            if what == "weight" and ((module.weight < low) | (module.weight > high)).any():
-                raise InputError(f"not a quantized model: {name} holds weights outside {low} to {high}")
-
-
-def plain_value(value: object) -> object:
-    """A setting as a file has it: a member of an enumeration by its value."""
-    return value.value if isinstance(value, Enum) else value
 
 
 def read_config(path: str | os.PathLike, expected_class: str) -> dict[str, Any]:

@@ -1,0 +1,97 @@
+"""A quantized model as plain values, integers, scales and settings: made again without its float weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cli import InputError
+from .post_train import PostTrainLinearQuantizer
+from .statistics import FLAG
+
+
+def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
+    """What ``restore`` makes a prepared model of: tensors, texts and numbers."""
+    request = quantizer.default
+    return {
+        "state_dict": quantizer.model.state_dict(),
+        "statistics": quantizer.statistics,
+        "quantizer": {
+            "bits_activations": request.bits_activations,
+            "bits_parameters": request.bits_weights,
+            "bits_accum": request.bits_accum,
+            "overrides": _plain(quantizer.overrides),
+            "mode": _plain({"activations": request.mode_activations, "weights": request.mode_weights}),
+            "clip_acts": _plain(request.clip_acts),
+            "per_channel_wts": request.per_channel_wts,
+            "clip_n_stds": request.clip_n_stds,
+            "scale_approx_mult_bits": request.scale_approx_mult_bits,
+            "save_fp_weights": quantizer.save_fp_weights,
+        },
+    }
+
+
+def restore(model: nn.Module, content: Mapping[str, Any], dummy_input: Any) -> PostTrainLinearQuantizer:
+    """Make a prepared model again.
+
+    Args:
+        model: Of the same structure, in float; whatever its weights are, they are replaced.
+        content: What ``content_of`` returned.
+        dummy_input: As for ``PostTrainLinearQuantizer.prepare_model``.
+
+    Raises:
+        InputError: the parts do not fit each other, or hold what no quantized model has.
+    """
+    try:
+        statistics = content["statistics"]
+        if isinstance(statistics, str) or not _is_plain(statistics):
+            raise TypeError("its statistics are not a map of numbers")
+        quantizer = PostTrainLinearQuantizer(model, model_activation_stats=statistics, **content["quantizer"])
+        quantizer.prepare_model(dummy_input)
+        own = {name: (x.dtype, x.shape) for name, x in model.state_dict().items()}
+        for name, x in content["state_dict"].items():
+            if own.get(name, (x.dtype, x.shape)) != (x.dtype, x.shape):
+                raise TypeError(f"{name} is {x.dtype}, {tuple(x.shape)}")
+        model.load_state_dict(content["state_dict"])
+    except (InputError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).removeprefix(f"{FLAG}: ").split())
+        raise InputError(f"not a whole quantized model: {reason}") from error
+    check_tensors(model)
+    return quantizer
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Raise an ``InputError`` unless a prepared model's tensors are such as preparing makes.
+
+    Floats are finite, scales above 0, zero points whole numbers whose range contains 0, and integers in their range.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"not a quantized model: {name} holds values that are not finite")
+        if name.endswith("scale") and not (tensor > 0).all():
+            raise InputError(f"not a quantized model: {name} holds values that are not above 0")
+    for name, module in model.named_modules():
+        for what, params in getattr(module, "all_params", dict)().items():
+            zero_point, low, high = params.zero_point, params.q_min, params.q_max
+            if ((zero_point != zero_point.round()) | (zero_point < -high) | (zero_point > -low)).any():
+                raise InputError(f"not a quantized model: the zero point of {name}'s {what} is out of range")
+            if what == "weight" and ((module.weight < low) | (module.weight > high)).any():
+                raise InputError(f"not a quantized model: {name} holds weights outside {low} to {high}")
+
+
+def _plain(value: object) -> object:
+    """Settings with members of enumerations by their values."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.value if isinstance(value, Enum) else value
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is made of maps, texts and numbers alone."""
+    if isinstance(value, Mapping):
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    return value is None or isinstance(value, str | int | float)
