@@ -135,22 +135,25 @@ def rank_last(items: Tensor, scores: Tensor) -> Tensor:
     return (ahead & first_places(items)).sum(dim=1)
 
 
-def evaluate(
+def rank_test_items(
     scorer: Scorer,
     split: Split,
     k: int = 10,
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
-) -> Metrics:
+) -> Tensor:
     """Rank every user's test item among her candidates, under a progress bar with the metrics so far.
 
     Args:
         scorer: What scores candidates.
         split: Users and candidates.
-        k: The list's length.
+        k: The list's length, of the bar's metrics.
         device: The scorer's.
-        processes: That share the users. Each returns the metrics over all of them; the bar is the first one's, and
+        processes: That share the users. Each returns the ranks of all of them; the bar is the first one's, and
             has its own users' alone.
+
+    Returns:
+        (U,) int64 on the CPU, 0 for the first place.
 
     Raises:
         InputError: a score is not finite.
@@ -167,6 +170,17 @@ def evaluate(
             if bar.update(len(items)):
                 bar.set_postfix_str(str(metrics_of_ranks(ranks[users.start : done], k)), refresh=False)
         processes.sum([ranks])
-        metrics = metrics_of_ranks(ranks.cpu(), k)
-        bar.set_postfix_str(str(metrics))
-    return metrics
+        ranks = ranks.cpu()
+        bar.set_postfix_str(str(metrics_of_ranks(ranks, k)))
+    return ranks
+
+
+def evaluate(
+    scorer: Scorer,
+    split: Split,
+    k: int = 10,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+) -> Metrics:
+    """HR@k and NDCG@k over all users; arguments and errors are those of ``rank_test_items``."""
+    return metrics_of_ranks(rank_test_items(scorer, split, k, device, processes), k)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import neumf
 import recording
 from dataset import Split, load_split
-from distiller.calibration import STATS_FILE, TestFunction, collect_histograms, collect_quant_stats
+from distiller.calibration import STATS_FILE, TestFunction, collect_quant_stats
 from distiller.checkpoint import load_checkpoint, save_checkpoint
 from distiller.cli import InputError, run
 from distiller.files import file_digest
@@ -29,7 +29,7 @@ from distiller.quantization.saved import content_of
 from distiller.quantization.statistics import foreign_statistics, save_statistics
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule
-from evaluation import evaluate, score_all
+from evaluation import metrics_of_ranks, rank_test_items, score_all
 from flags import PROG, parse_args
 from loading import dummy_input, load_model, load_quantized, restore_rounding
 from neumf import NeuMF
@@ -331,10 +331,9 @@ def draw_activation_histograms(args: Namespace, split: Split, device: torch.devi
     test_fn = calibration_pass(args, split, device, args.activation_histograms)
     directory = recording.open_run_directory(args.out_dir, args.name, device)
     statistics = collect_quant_stats(model.to(device), test_fn, rows_per_batch=split.nb_candidates)
-    histograms = collect_histograms(model, test_fn, statistics)
     with recording.Recorder(directory, pictures=True) as recorder:
-        recorder.activations(histograms)
-    log.info("Histograms of %d layers written to %s", len(histograms), directory)
+        recorder.activations(statistics)
+    log.info("Histograms of %d layers written to %s", len(statistics), directory)
 
 
 def quantize(args: Namespace, model: NeuMF, device: torch.device) -> PostTrainLinearQuantizer:
@@ -412,8 +411,11 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
             if args.quantize_eval:
                 save_quantized(args, quantizer, split, directory)
     start = time.perf_counter()
-    metrics = evaluate(scorer, split, args.topk, device, processes)
-    log.info("Initial %s, val_time = %.2f", metrics, time.perf_counter() - start)
+    ranks = rank_test_items(scorer, split, args.topk, device, processes)
+    val_time = time.perf_counter() - start
+    if processes.first:
+        recording.write_ranks(directory, ranks)
+    log.info("Initial %s, val_time = %.2f", metrics_of_ranks(ranks, args.topk), val_time)
 
 
 def save_quantized(

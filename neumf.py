@@ -6,6 +6,7 @@ Shapes: N pairs, U users, I items, F = mf_dim, L_0 .. L_n = mlp_layer_sizes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -160,9 +161,31 @@ def sizes_from_state_dict(state_dict: StateDict) -> dict:
 
 
 def weights_of_quantized(state_dict: StateDict) -> dict[str, Tensor]:
-    """A prepared model's tensors in the places of weights, whether integers or not, by the weights' names."""
+    """A prepared model's tensors in the places of weights, whether integers or not, by the weights' names.
+
+    Tables whose integers are packed, two to a byte, stand there without values, as wide as their readers say.
+    """
     names = {key: key.replace(".module.", ".") for key in state_dict if key.endswith((".weight", ".bias"))}
-    return {name: state_dict[key] for key, name in names.items()}
+    weights = {name: state_dict[key] for key, name in names.items()}
+    for branch, width in _table_widths(weights).items():
+        for name in (f"{branch}_user_embed.weight", f"{branch}_item_embed.weight"):
+            rows, columns = _matrix_shape(weights, name)
+            if columns < width and columns == (width + 1) // 2:
+                weights[name] = torch.empty(rows, width, device="meta")
+    return weights
+
+
+def _table_widths(weights: StateDict) -> dict[str, int]:
+    """The columns of each branch's tables, by the layers that read them."""
+    last = sum(re.fullmatch(r"mlp\.\d+\.weight", key) is not None for key in weights) - 1
+    final = _matrix_shape(weights, "final_mf.weight" if is_split(weights) else "final.weight")[1]
+    hidden = 0 if is_split(weights) else _matrix_shape(weights, f"mlp.{last}.weight")[0]
+    return {"mf": final - hidden, "mlp": _matrix_shape(weights, "mlp.0.weight")[1] // 2}
+
+
+def _matrix_shape(weights: StateDict, name: str) -> tuple[int, ...]:
+    """Rows and columns; 0 and 0 where it is missing or no matrix."""
+    return tuple(weights[name].shape) if name in weights and weights[name].dim() == 2 else (0, 0)
 
 
 def _text(shape: torch.Size | None) -> str:

@@ -8,18 +8,27 @@ Shapes: B users, C items of each, N = B * C pairs, I items in all, F = mf_dim, L
 
 from __future__ import annotations
 
+from types import UnionType
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from distiller.quantization.integer import IntegerLinear, NotIntegerError, Requantizer, require_levels
-from distiller.quantization.linear import dequantize
+from distiller.quantization.integer import (
+    IntegerLinear,
+    NotIntegerError,
+    Requantizer,
+    require_finite,
+    require_levels,
+    rescalers_of,
+)
+from distiller.quantization.linear import dequantize, storage_dtype
 from distiller.quantization.wrappers import (
     QuantizedConcat,
-    QuantizedEmbedding,
     QuantizedLinear,
     QuantizedModule,
     QuantizedMult,
+    QuantizedTable,
+    ScaledConcat,
     carry,
 )
 from neumf import NeuMF
@@ -47,21 +56,37 @@ class IntegerNeuMF:
     def __init__(self, model: NeuMF, compiled: bool = False):
         check_layers(model)
         self._model = model
-        mf_dim, mlp_dim = (table.weight.shape[1] for table in (model.mf_user_embed, model.mlp_user_embed))
-        self._first = IntegerLinear("mlp.0", model.mlp[0], [mlp_dim] * 2, ("mlp_concat", model.mlp_concat))
+        users, items = model.mlp_user_embed.params, model.mlp_item_embed.params
+        rescalers = rescalers_of("mlp_concat", model.mlp_concat, [users, items])
+        item_integers = model.mlp_item_embed.integers().float()
+        self._first = IntegerLinear("mlp.0", model.mlp[0], [item_integers.shape[1]] * 2, rescalers)
+        self._item_sums = self._first.sums_of(1, item_integers, items)  # (I, L_1)
         self._later = [
             IntegerLinear(f"mlp.{i}", linear, [linear.weight.shape[1]])
             for i, linear in enumerate(model.mlp[1:], 1)
         ]
-        users, items = (model.mf_mult.fixed_input(position) for position in range(2))
-        for params in (users, items):
-            require_levels("mf_mult", params)
-        self._product = Requantizer("mf_mult", model.mf_mult, users.scale * items.scale)
-        self._user_zero_point, self._item_zero_point = users.zero_point, items.zero_point
-        self._item_sums = self._first.sums_of(1, model.mlp_item_embed.weight.float())  # (I, L_1)
-        self._prepare_final(mf_dim, model.mlp[-1].weight.shape[0])
+        self._prepare_product()
+        self._prepare_final(self._item_factors.shape[1], model.mlp[-1].weight.shape[0])
         self._in_integers = for_one_shape(self._integers) if compiled else self._integers
         self._pairs = COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE
+
+    def _prepare_product(self) -> None:
+        """The items' side of the product of embeddings: (I, F) integers in units of their scales, and these."""
+        model, items = self._model, self._model.mf_item_embed.params
+        scales = [table.params.scale for table in (model.mf_user_embed, model.mf_item_embed)]
+        for table in (model.mf_user_embed, model.mf_item_embed):
+            require_levels("mf_mult", table.params)
+        self._scale_by_row = any(scale.numel() > 1 for scale in scales)
+        self._product = Requantizer(
+            "mf_mult", model.mf_mult, None if self._scale_by_row else scales[0] * scales[1]
+        )
+        least, greatest = (
+            torch.stack(bounds).prod() for bounds in zip(*(x.aminmax() for x in scales), strict=True)
+        )
+        require_finite("mf_mult", self._product.factor_of(torch.stack([least, greatest])))
+        factors = model.mf_item_embed.integers() + items.zero_point
+        self._item_factors = factors.to(storage_dtype(*(int(bound) for bound in factors.aminmax())))
+        self._item_scales = items.scale
 
     def _prepare_final(self, mf_dim: int, mlp_dim: int) -> None:
         """The final linear layers, those of them that are computed in integers, and the last layers that are."""
@@ -77,10 +102,11 @@ class IntegerNeuMF:
                     self._branches[i] = IntegerLinear(name, self._finals[i], [width])
             return
         self._finals = [model.final]
-        if isinstance(model.final, QuantizedLinear) and isinstance(model.final_concat, QuantizedConcat):
+        concat = model.final_concat
+        if isinstance(model.final, QuantizedLinear) and isinstance(concat, QuantizedConcat | ScaledConcat):
             self._last = self._finals
-            concat = ("final_concat", model.final_concat)
-            self._joint = IntegerLinear("final", model.final, [mf_dim, mlp_dim], concat)
+            rescalers = rescalers_of("final_concat", concat, [concat.fixed_input(i) for i in range(2)])
+            self._joint = IntegerLinear("final", model.final, [mf_dim, mlp_dim], rescalers)
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
@@ -93,15 +119,15 @@ class IntegerNeuMF:
         logit = self._model.final_add(*logits) if self._model.split_final else logits[0]
         return self._model.sigmoid(logit).view(items.shape)
 
-    def _final_outputs(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
+    def _final_outputs(self, *users: Tensor) -> Tensor:
         """What the final linear layers put out: (B, C, 1) or, split, (B, C, 2)."""
-        return self._of_pairs(user_sums, user_factors, items).view(*items.shape, -1)
+        return self._of_pairs(*users).view(*users[-1].shape, -1)
 
-    def _of_pairs(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
+    def _of_pairs(self, *users: Tensor) -> Tensor:
         """The same: (N, 1) or (N, 2)."""
         values = [
             carry(x, layer.fixed_output)
-            for x, layer in zip(self._in_integers(user_sums, user_factors, items), self._last, strict=True)
+            for x, layer in zip(self._in_integers(*users), self._last, strict=True)
         ]
         if self._joint:
             return values[0]
@@ -110,15 +136,20 @@ class IntegerNeuMF:
         finals = zip(values, self._branches, self._finals, strict=True)
         return torch.cat([x if branch else final(x) for x, branch, final in finals], dim=1)
 
-    def _of_users(self, users: Tensor) -> tuple[Tensor, Tensor]:
-        """What users bring to the first layer's sums, (B, L_1), and to the product of embeddings, (B, F)."""
-        codes = F.embedding(users, self._model.mlp_user_embed.weight).float()
-        factors = F.embedding(users, self._model.mf_user_embed.weight) + self._user_zero_point
-        return self._first.sums_of(0, codes), factors
+    def _of_users(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What users bring to the first layer's sums, (B, L_1), and to the product of embeddings.
 
-    def _integers(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> list[Tensor]:
+        That is (B, F) integers in units of their scales, and these, (B, 1).
+        """
+        q, params = self._model.mf_user_embed.lookup(users)
+        sums = self._first.sums_of(0, *self._model.mlp_user_embed.lookup(users))
+        return sums, q + params.zero_point, params.scale.expand(len(users), 1)
+
+    def _integers(
+        self, user_sums: Tensor, user_factors: Tensor, user_scales: Tensor, items: Tensor
+    ) -> list[Tensor]:
         """What the last layers that are computed in integers hand on: N rows each."""
-        mf, hidden = self._multiplied(user_factors, items), self._hidden(user_sums, items)
+        mf, hidden = self._multiplied(user_factors, user_scales, items), self._hidden(user_sums, items)
         if self._joint:
             integers = [self._joint(mf, hidden)]
         else:
@@ -126,11 +157,14 @@ class IntegerNeuMF:
             integers = [branch(q) if branch else q for branch, q in branches]
         return [dequantize(q, layer.fixed_output) for q, layer in zip(integers, self._last, strict=True)]
 
-    def _multiplied(self, user_factors: Tensor, items: Tensor) -> Tensor:
+    def _multiplied(self, user_factors: Tensor, user_scales: Tensor, items: Tensor) -> Tensor:
         """Of the product of both embeddings: (N, F)."""
-        factors = self._model.mf_item_embed.weight.index_select(0, items.flatten()).float()
-        products = factors.add_(self._item_zero_point).view(*items.shape, -1).mul_(user_factors[:, None])
-        return self._product(products.flatten(0, 1))
+        factors = self._item_factors.index_select(0, items.flatten()).float()
+        products = factors.view(*items.shape, -1).mul_(user_factors[:, None]).flatten(0, 1)
+        if not self._scale_by_row:
+            return self._product(products)
+        item_scales = self._item_scales.expand(len(self._item_factors), 1).squeeze(1)[items]  # (B, C)
+        return self._product(products, (user_scales * item_scales).view(-1, 1))
 
     def _hidden(self, user_sums: Tensor, items: Tensor) -> Tensor:
         """Of the last ReLU: (N, L_n)."""
@@ -145,10 +179,9 @@ class IntegerNeuMF:
 def check_layers(model: NeuMF) -> None:
     """Raise a ``NotIntegerError`` unless all layers but the final ones are quantized, with fixed ranges."""
     linears = [f"mlp.{i}" for i in range(len(model.mlp))]
-    kinds: dict[str, type[nn.Module]] = dict.fromkeys(TABLES, QuantizedEmbedding)
-    kinds |= {"mf_mult": QuantizedMult, "mlp_concat": QuantizedConcat} | dict.fromkeys(
-        linears, QuantizedLinear
-    )
+    kinds: dict[str, type[nn.Module] | UnionType] = dict.fromkeys(TABLES, QuantizedTable)
+    kinds |= {"mf_mult": QuantizedMult, "mlp_concat": QuantizedConcat | ScaledConcat}
+    kinds |= dict.fromkeys(linears, QuantizedLinear)
     for name, layer in model.named_modules():
         if getattr(layer, "dynamic", False):
             raise NotIntegerError(f"layer {name} finds its ranges on every batch")

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distiller.calibration import histogram_range
 from distiller.cli import InputError
 from distiller.files import atomic_write
+from distiller.quantization.histogram import Histogram
 from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE
+from distiller.quantization.statistics import Statistics
 
 CHECKPOINT, BEST, QUANTIZED = "checkpoint.pth.tar", "best.pth.tar", "quantized.pth.tar"
-CONFIG, RESULTS, LOG = "config.json", "valid_results.csv", "ncf.log"
+CONFIG, RESULTS, LOG, RANKS = "config.json", "valid_results.csv", "ncf.log", "ranks.npy"
 
 PICTURES = "histograms"
 RUNS = Path("run/neumf")
@@ -97,6 +98,12 @@ def command_line() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+def write_ranks(directory: Path, ranks: Tensor) -> None:
+    """Write the users' ranks of their test items, (U,) int64, 0 for the first place."""
+    with atomic_write(directory / RANKS) as temporary, temporary.open("wb") as file:
+        np.save(file, ranks.numpy(), allow_pickle=False)
+
+
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     """Write the resolved configuration as JSON."""
     with atomic_write(directory / CONFIG) as temporary:
@@ -110,7 +117,7 @@ def holds_run(directory: Path) -> bool:
 
 def clear_run(directory: Path) -> None:
     """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
-    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE)
+    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE, RANKS)
     for pattern in (
         *(CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"),
         *evaluation,
@@ -170,35 +177,35 @@ class Recorder:
         for name, parameter in model.named_parameters():
             values = parameter.detach().float().cpu()
             self.writer.add_histogram(f"weights/{name}", values, epoch)
-            low, high = histogram_range(*(bound.item() for bound in values.aminmax()))
-            counts = torch.histc(values, WEIGHT_BINS, low, high)
-            edges = torch.linspace(low, high, WEIGHT_BINS + 1)
-            self._picture(name, f"{name}, after epoch {epoch}", counts, edges)
+            low, high = (bound.item() for bound in values.aminmax())
+            histogram = Histogram(low, high, torch.histc(values, WEIGHT_BINS, low, high))
+            self._picture(name, f"{name}, after epoch {epoch}", histogram)
         self.writer.flush()
 
-    def activations(self, histograms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Record histograms of layers' outputs: (bins,) counts and (bins + 1,) edges each."""
-        for name, (counts, edges) in histograms.items():
-            centres = (edges[1:] + edges[:-1]) / 2
+    def activations(self, statistics: Statistics) -> None:
+        """Record histograms of layers' outputs, from calibrated statistics that have them."""
+        for name, entry in statistics.items():
+            histogram = Histogram.from_plain(entry["output"]["histogram"])
+            counts, centers = histogram.counts, histogram.centers.double()
             self.writer.add_histogram_raw(
                 f"activations/{name}",
-                min=edges[0].item(),
-                max=edges[-1].item(),
+                min=histogram.min,
+                max=histogram.max,
                 num=counts.sum().item(),
-                sum=(counts * centres).sum().item(),
-                sum_squares=(counts * centres.square()).sum().item(),
-                bucket_limits=edges[1:].tolist(),
+                sum=(counts * centers).sum().item(),
+                sum_squares=(counts * centers.square()).sum().item(),
+                bucket_limits=histogram.edges[1:].tolist(),
                 bucket_counts=counts.tolist(),
             )
-            self._picture(name, f"output of {name}", counts, edges)
+            self._picture(name, f"output of {name}", histogram)
         self.writer.flush()
 
-    def _picture(self, name: str, title: str, counts: Tensor, edges: Tensor) -> None:
+    def _picture(self, name: str, title: str, histogram: Histogram) -> None:
         """Draw a histogram to a file of its own, with counts on a log scale: rare values set the range."""
         from matplotlib.figure import Figure
 
         axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-        axes.stairs(counts.numpy(), edges.numpy(), fill=True)
+        axes.stairs(histogram.counts.numpy(), histogram.edges.numpy(), fill=True)
         axes.set(title=title, xlabel="value", ylabel="count", yscale="log", ylim=(0.5, None))
         path = self.directory / PICTURES / f"{name}.png"
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Statistics and histograms of activations, by hooks on every leaf module.
+"""Statistics of activations, by hooks on every leaf module.
 
 Shapes: a forward sees B batches of R rows each, C values a row.
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .graph import leaf_modules
+from .quantization.histogram import Histogram
 from .quantization.statistics import Statistics, save_statistics
 
 STATS_FILE = "acts_quantization_stats.yaml"
@@ -37,6 +38,7 @@ class _TensorRecord:
     row_max_sum: float = 0.0
     square_sum: float = 0.0
     deviation_sum: float = 0.0
+    counts: Tensor | None = None  # of float values, over [min, max]
 
     @property
     def mean(self) -> float:
@@ -63,7 +65,17 @@ class _TensorRecord:
         self.deviation_sum += deviation.sum().item()
         self.square_sum += deviation.square_().sum().item()
 
+    def add_counts(self, batches: Tensor) -> None:
+        """Take in (B, R, C) values again: how often each part of the final range occurs."""
+        counts = torch.tensor([float(batches.numel())], dtype=torch.float64)
+        if self.min < self.max:
+            counts = torch.histc(batches.float(), HISTOGRAM_BINS, self.min, self.max).double().cpu()
+        self.counts = counts if self.counts is None else self.counts + counts
+
     def summary(self) -> dict:
+        histogram = (
+            {} if self.counts is None else {"histogram": Histogram(self.min, self.max, self.counts).plain()}
+        )
         return {
             "min": self.min,
             "max": self.max,
@@ -73,7 +85,7 @@ class _TensorRecord:
             "std": (self.square_sum / self.count) ** 0.5,
             "b": self.deviation_sum / self.count,
             "shape": self.shape,
-        }
+        } | histogram
 
 
 @dataclass
@@ -92,7 +104,8 @@ def collect_quant_stats(
 
     Of every input and output of every leaf module that ``test_fn`` makes ``model`` call: min, max; mean, std
     (population) and b (mean absolute deviation) over all elements; avg_min and avg_max, the mean over rows of a
-    row's min and max. A tensor of one value per row uses its batch's min and max in place of the row's.
+    row's min and max. A tensor of one value per row uses its batch's min and max in place of the row's. Of floating
+    point values, also a histogram of ``HISTOGRAM_BINS`` over [min, max].
 
     Args:
         model: In float; put into evaluation mode.
@@ -118,7 +131,10 @@ def collect_quant_stats(
 
     def second_pass(name: str, position: int | None, batches: Tensor, shape: str) -> None:
         record = records[name]
-        (record.output if position is None else record.inputs[position]).add_deviation(batches)
+        tensor = record.output if position is None else record.inputs[position]
+        tensor.add_deviation(batches)
+        if batches.is_floating_point():
+            tensor.add_counts(batches)
 
     for visit in (first_pass, second_pass):
         with _visited(model, visit, rows_per_batch):
@@ -136,41 +152,6 @@ def collect_quant_stats(
     if save_dir is not None:
         save_statistics(statistics, Path(save_dir) / STATS_FILE)
     return statistics
-
-
-def collect_histograms(
-    model: nn.Module, test_fn: TestFunction, statistics: Statistics
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Collect histograms of every leaf module's output.
-
-    Args:
-        model: In float; put into evaluation mode.
-        test_fn: Called as ``test_fn(model=model)``, once, without gradients.
-        statistics: From ``collect_quant_stats`` with the same ``test_fn``: the histograms' ranges.
-
-    Returns:
-        By module: counts (``HISTOGRAM_BINS``,) float64 and the bins' edges (``HISTOGRAM_BINS`` + 1,) float64.
-    """
-    histograms: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def visit(name: str, position: int | None, batches: Tensor, shape: str) -> None:
-        if position is not None:
-            return
-        low, high = histogram_range(statistics[name]["output"]["min"], statistics[name]["output"]["max"])
-        if name not in histograms:
-            edges = torch.linspace(low, high, HISTOGRAM_BINS + 1, dtype=torch.float64)
-            histograms[name] = (torch.zeros(HISTOGRAM_BINS, dtype=torch.float64), edges)
-        counts = torch.histc(batches.float(), HISTOGRAM_BINS, low, high)
-        histograms[name][0].add_(counts.cpu())
-
-    with _visited(model, visit, None):
-        test_fn(model=model)
-    return histograms
-
-
-def histogram_range(low: float, high: float) -> tuple[float, float]:
-    """Bounds of a histogram over [low, high], apart where these are not."""
-    return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
 Visit = Callable[[str, int | None, Tensor, str], None]

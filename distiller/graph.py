@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from .modules import Concat, EltwiseAdd, EltwiseMult
+
+ELEMENT_BY_ELEMENT = (nn.Identity, nn.Dropout, nn.ReLU, nn.Sigmoid, nn.Tanh, EltwiseAdd, EltwiseMult)
 
 
 @dataclass
@@ -82,3 +87,17 @@ def module_graph(model: nn.Module, dummy_input: Any) -> dict[str, ModuleCall]:
             call.consumers += [name_of(user) for user in node.users]
             call.calls += 1
     return calls
+
+
+def output_widths(graph: Mapping[str, ModuleCall], modules: Mapping[str, nn.Module]) -> dict[str, int | None]:
+    """How many columns a module puts out, by name; None where its kind does not say."""
+    widths: dict[str, int | None] = {}
+    for name, call in graph.items():
+        module, inputs = modules[name], [widths.get(source) for source in call.inputs]
+        width = getattr(module, "embedding_dim", getattr(module, "out_features", None))
+        if isinstance(module, Concat) and module.dim == 1 and all(inputs):
+            width = sum(inputs)
+        elif isinstance(module, ELEMENT_BY_ELEMENT):
+            width = inputs[0]
+        widths[name] = width
+    return widths

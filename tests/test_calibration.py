@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distiller.calibration import STATS_FILE, collect_histograms, collect_quant_stats
+from distiller.calibration import STATS_FILE, collect_quant_stats
+from distiller.quantization.histogram import Histogram
 from distiller.quantization.statistics import load_statistics
 
 NUMBERS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
@@ -82,7 +83,7 @@ def test_the_originals_statistics(tag):
             for key in ("min", "max", "mean", "std", "b"):
                 assert tensor[key] == pytest.approx(reference[key], rel=1e-5, abs=1e-5), (name, where, key)
             assert tensor["shape"] == reference["shape"]
-            assert set(tensor) == {*NUMBERS, "shape"}
+            assert set(tensor) - {"histogram"} == {*NUMBERS, "shape"}
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -148,6 +149,8 @@ def test_any_batches_and_chunks_give_the_definitions_numbers(users, rows, row_sh
 def test_numbers_by_hand():
     x = [torch.tensor([[1.0, 5.0], [3.0, -1.0]]), torch.tensor([[0.0, 2.0], [4.0, 2.0]])]
     found = collect_quant_stats(Through(), runner([(batch,) for batch in x]))["leaf"]["output"]
+    counts = Histogram.from_plain(found.pop("histogram")).counts
+    assert [counts[0], counts[-1], counts.sum()] == [1, 1, 8]
     # mean 2; deviations -1 3 1 -3 -2 0 2 0
     assert found == {
         "min": -1.0,
@@ -219,10 +222,8 @@ def test_test_fn_is_called_with_the_model_in_eval_mode_without_gradients():
         assert not any(module.training for module in model.modules())
         seen.append(model(torch.tensor([0, 1]), torch.tensor([2, 3]), True).requires_grad)
 
-    statistics = collect_quant_stats(model, test_fn)
+    collect_quant_stats(model, test_fn)
     assert seen == [False, False]
-    collect_histograms(model.train(), test_fn, statistics)
-    assert seen == [False, False, False]
     assert not model.training
 
 
@@ -230,7 +231,7 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("fail_in_call", [0, 1, 2, None])
+@pytest.mark.parametrize("fail_in_call", [0, 1, None])
 def test_hooks_are_gone_afterwards_even_when_test_fn_raises(fail_in_call):
     model = small_model(6)
     calls = []
@@ -241,15 +242,12 @@ def test_hooks_are_gone_afterwards_even_when_test_fn_raises(fail_in_call):
         if len(calls) - 1 == fail_in_call:
             raise RuntimeError("no more data")
 
-    def collect():
-        collect_histograms(model, test_fn, collect_quant_stats(model, test_fn))
-
     if fail_in_call is None:
-        collect()
+        collect_quant_stats(model, test_fn)
     else:
         with pytest.raises(RuntimeError, match="no more data"):
-            collect()
-    assert len(calls) == (3 if fail_in_call is None else fail_in_call + 1)
+            collect_quant_stats(model, test_fn)
+    assert len(calls) == (2 if fail_in_call is None else fail_in_call + 1)
     assert hooks_of(model) == 0
     assert torch.is_grad_enabled()
 
@@ -264,7 +262,7 @@ def test_the_models_outputs_and_weights_are_untouched():
     def test_fn(model):
         outputs.append(model(*batch[0]))
 
-    collect_histograms(model, test_fn, collect_quant_stats(model, test_fn, rows_per_batch=7))
+    collect_quant_stats(model, test_fn, rows_per_batch=7)
     assert all(torch.equal(output, expected) for output in outputs)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
@@ -279,41 +277,44 @@ def test_a_test_fn_that_calls_nothing_is_a_value_error():
         collect_quant_stats(Through(), lambda model: None)
 
 
+def histogram(statistics: dict, name: str) -> Histogram:
+    return Histogram.from_plain(statistics[name]["output"]["histogram"])
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_histograms_count_every_element(split):
-    model = small_model(8, split)
-    test_fn = runner(chunked(user_batches(9, 7), 2))
-    statistics = collect_quant_stats(model, test_fn)
-    histograms = collect_histograms(model, test_fn, statistics)
-    assert list(histograms) and set(histograms) == set(statistics)
+    statistics = collect_quant_stats(small_model(8, split), runner(chunked(user_batches(9, 7), 2)))
     widths = {"mf_user_embed": 3, "mlp_concat": 6, "mlp.0": 5, "mlp_relu.1": 4, "sigmoid": 1}
-    for name, (counts, edges) in histograms.items():
-        output = statistics[name]["output"]
-        assert len(edges) == len(counts) + 1
-        assert counts.sum() == counts.round().sum()
-        assert (counts >= 0).all()
+    for name, entry in statistics.items():
+        found = histogram(statistics, name)
+        assert (found.counts >= 0).all()
         if name in widths:
-            assert counts.sum() == 63 * widths[name], name
-        assert edges[0] == pytest.approx(output["min"])
-        assert edges[-1] == pytest.approx(output["max"])
-        centres = (edges[1:] + edges[:-1]) / 2
-        bin_width = (edges[1] - edges[0]).item()
-        assert (counts @ centres / counts.sum()).item() == pytest.approx(output["mean"], abs=bin_width)
+            assert found.counts.sum() == 63 * widths[name], name
+        assert (found.min, found.max) == (entry["output"]["min"], entry["output"]["max"])
+        mean = (found.counts @ found.centers.double() / found.counts.sum()).item()
+        assert mean == pytest.approx(entry["output"]["mean"], abs=(found.edges[1] - found.edges[0]).item())
+
+
+def test_inputs_have_histograms_unless_they_are_indices():
+    statistics = collect_quant_stats(small_model(8), runner(chunked(user_batches(9, 7), 2)))
+    assert "histogram" not in statistics["mf_user_embed"]["inputs"][0]
+    of_input, of_output = statistics["mf_mult"]["inputs"][1], statistics["mf_item_embed"]["output"]
+    assert of_input["histogram"] == of_output["histogram"]
 
 
 def test_histograms_equal_numpys():
     values = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
     test_fn = runner([(torch.from_numpy(values[:150]),), (torch.from_numpy(values[150:]),)])
-    counts, edges = collect_histograms(Through(), test_fn, collect_quant_stats(Through(), test_fn))["leaf"]
-    expected, _ = np.histogram(values.astype(np.float64), bins=edges.numpy())
-    assert counts.sum() == values.size
-    assert np.abs(np.cumsum(counts.numpy()) - np.cumsum(expected)).max() <= 3  # values on an edge, in float32
+    found = histogram(collect_quant_stats(Through(), test_fn), "leaf")
+    expected, _ = np.histogram(values.astype(np.float64), bins=found.edges.numpy())
+    assert found.counts.sum() == values.size
+    assert np.abs(np.cumsum(found.counts.numpy()) - np.cumsum(expected)).max() <= 3  # on an edge, in float32
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5])
 def test_a_constant_output_has_a_histogram_too(value):
     test_fn = runner([(torch.full((4, 3), value),)])
-    counts, edges = collect_histograms(Through(), test_fn, collect_quant_stats(Through(), test_fn))["leaf"]
-    assert counts.sum() == 12
-    assert edges.isfinite().all()
-    assert edges[0] <= value <= edges[-1]
+    found = histogram(collect_quant_stats(Through(), test_fn), "leaf")
+    assert found.counts.tolist() == [12]
+    assert (found.min, found.max) == (value, value)
+    assert found.centers.tolist() == [value]

@@ -28,6 +28,7 @@ import training
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.files import file_digest
+from distiller.quantization.histogram import Histogram
 from flags import build_parser
 from neumf import NeuMF
 from scoring import float_scorer
@@ -557,7 +558,10 @@ def test_calibration_line_leaves_statistics_of_every_layer(five, split_final):
     assert list(statistics) == LAYERS + ENDS[split_final]
     for entry in statistics.values():
         for tensor in [entry["output"], *entry["inputs"].values()]:
-            assert set(tensor) == {"min", "max", "avg_min", "avg_max", "mean", "std", "b", "shape"}
+            index = tensor["shape"] == "(41)"
+            assert set(tensor) - {"min", "max", "avg_min", "avg_max", "mean", "std", "b", "shape"} == (
+                set() if index else {"histogram"}
+            )
     assert statistics["mlp.0"]["inputs"][0]["shape"] == "(41, 8)"
     assert statistics["mf_user_embed"]["inputs"][0]["shape"] == "(41)"
     assert statistics["mf_user_embed"]["inputs"][0]["max"] == 5  # a tenth of 60 users, the first
@@ -825,6 +829,21 @@ INTEGERS = [
     ["--qem", "asym_u", "--split-final", "--qencl", "final_mf"],
     ["--qem", "asym_u", "--qenql", "final", "sigmoid"],
     ["--qem", "asym_u", "--split-final", "--qenql", "final_add", "sigmoid"],
+    ["--qem", "asym_u", "--qe-scaled-concat", "--qeca", "percentile"],
+    ["--qem", "asym_u", "--qe-embedding-bits", "4", "--qeca", "mse"],
+    [
+        "--qem",
+        "sym",
+        "--qe-embedding-bits",
+        "8",
+        "--qe-scaled-concat",
+        "--qenql",
+        "final",
+        "sigmoid",
+        "--qeca",
+        "kl",
+    ],
+    ["--qem", "sym", "--qe-embedding-bits", "4", "--split-final"],
 ]
 NOT_INTEGERS = [
     (["--qem", "asym_u", "--qenql", "mlp.1"], "layer mlp.1"),
@@ -892,6 +911,35 @@ def test_quantized_model_evaluates_without_float_model_or_statistics(ncf, split_
     assert [Path("b", name).read_bytes() for name in names] == [
         Path("a", name).read_bytes() for name in names
     ]
+
+
+def test_4_bit_tables_are_two_to_a_byte_in_the_file(quantize_eval, checkpoint):
+    """And ranges' histograms are not in it."""
+    assert quantize_eval(["--qem", "asym_u", "--qe-embedding-bits", "4", "--qeca", "mse"], "a").code == 0
+    content, table = load_checkpoint("a/quantized.pth.tar"), "mf_user_embed.weight"
+    rows, columns = load_checkpoint(checkpoint)["state_dict"][table].shape
+    assert content["state_dict"][table].shape == (rows, columns // 2)
+    assert content["state_dict"][table].dtype == torch.uint8
+    assert Path("a/quantized.pth.tar").stat().st_size < 100_000
+
+
+def test_dynamic_ranges_have_no_histograms(quantize_eval):
+    """Nor does a file of statistics from before there were any."""
+    outcome = quantize_eval(["--qe-dynamic", "--qeca", "kl"], "a")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("ncf.py: error: --qe-clip-acts kl ")
+
+
+@pytest.mark.parametrize("flags", [["--evaluate"], ["--quantize-eval", "--qe-dynamic"]])
+def test_an_evaluation_leaves_the_users_ranks(ncf, split_dir, checkpoint, flags):
+    """From which its metrics follow."""
+    found = initial(ncf(split_dir, "--load", checkpoint, *flags, "-o", "a"))
+    ranks = np.load("a/ranks.npy", allow_pickle=False)
+    assert ranks.shape == (load_split(split_dir).nb_users,)
+    assert ranks.min() >= 0
+    hits = ranks < 10
+    ndcg = np.where(hits, np.log(2) / np.log(ranks + 2), 0).mean()
+    assert f"HR@10 = {hits.mean():.4f}, NDCG@10 = {ndcg:.4f}" in found
 
 
 def test_overwriting_a_run_removes_its_quantized_model(ncf, split_dir, quantize_eval):
@@ -1120,6 +1168,11 @@ def test_statistics_do_not_depend_on_blocks(ncf, split_dir, checkpoint, stats_fi
             *((tensor, many[layer]["inputs"][i]) for i, tensor in entry["inputs"].items()),
         ]:
             assert tensor.pop("shape") == other.pop("shape")
+            histograms = [
+                Histogram.from_plain(x.pop("histogram")) for x in (tensor, other) if "histogram" in x
+            ]
+            # Values on a bin's edge may fall to either side.
+            assert len({histogram.counts.sum().item() for histogram in histograms}) < 2
             assert tensor == pytest.approx(other, rel=1e-5, abs=1e-7)
 
 

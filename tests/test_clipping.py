@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from distiller.quantization import ClipMode
+from distiller.quantization import ClipMode, LinearQuantMode
 from distiller.quantization.clipping import clip_range, measure, required_statistics
 
 STATS = {"min": -10.0, "max": 20.0, "avg_min": -6.0, "avg_max": 9.0, "mean": 1.0, "std": 2.0, "b": 1.5}
+STATS["histogram"] = {"min": -10.0, "max": 20.0, "counts": "1 4 8 5 3 1"}
 SHIFTED = STATS | {"mean": -3.0}
 
 GAUSS = [1.24, 1.71, 2.15, 2.55, 2.93, 3.28, 3.61, 3.92, 4.2]
@@ -20,14 +21,24 @@ LAPLACE_HALF = [1.86, 2.83, 3.89, 5.02, 6.2, 7.41, 8.64, 9.89, 11.16]
 
 
 def bounds(stats, clip, symmetric=False, bits=8, n_stds=None, half_range=False) -> tuple[float, float]:
-    low, high = clip_range(stats, ClipMode(clip), symmetric, bits, n_stds, half_range)
+    mode = LinearQuantMode.SYMMETRIC if symmetric else LinearQuantMode.ASYMMETRIC_UNSIGNED
+    low, high = clip_range(stats, ClipMode(clip), mode, bits, n_stds, half_range)
     assert low.dtype == high.dtype == torch.float32
     assert low.shape == high.shape == (1,)
     return low.item(), high.item()
 
 
 def test_modes_have_the_command_lines_names():
-    assert [mode.value for mode in ClipMode] == ["none", "avg", "n_std", "gauss", "laplace"]
+    assert [mode.value for mode in ClipMode] == [
+        "none",
+        "avg",
+        "n_std",
+        "gauss",
+        "laplace",
+        "percentile",
+        "mse",
+        "kl",
+    ]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -130,6 +141,9 @@ def test_alpha_is_rounded_once_for_any_statistics(trial):
         ("gauss", False, {"mean", "std", "avg_min"}),
         ("laplace", True, {"mean", "b"}),
         ("laplace", False, {"mean", "b", "avg_min"}),
+        ("percentile", False, {"histogram"}),
+        ("mse", True, {"histogram"}),
+        ("kl", False, {"histogram"}),
     ],
 )
 def test_a_mode_needs_no_more_than_it_reads(clip, symmetric, keys):
@@ -150,7 +164,7 @@ def test_measure_by_hand():
         "b": (1 + 5 + 3 + 0 + 2 + 5) / 6,
     }
     for clip in ClipMode:
-        for symmetric in (False, True):
+        for symmetric in () if clip.of_histogram else (False, True):
             found = measure(x, clip, symmetric)
             assert set(required_statistics(clip, symmetric)) <= found.keys()
             for key, value in found.items():

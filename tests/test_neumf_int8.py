@@ -75,30 +75,33 @@ def assert_equal_scores(model: NeuMF) -> np.ndarray:
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_published_widths(mode, per_channel, split):
+@pytest.mark.parametrize("more", [{}, {"scaled_concat": True}, {"embedding_bits": 4}, {"embedding_bits": 8}])
+def test_published_widths(mode, per_channel, split, more):
     """Where sums of the first layer have 256 terms."""
     model = small_model(1, split, users=5, items=40, mf_dim=64, layers=(256, 256, 128, 64), gain=0.2)
-    arguments = {"mode": mode, "per_channel_wts": per_channel}
+    arguments = {"mode": mode, "per_channel_wts": per_channel} | more
     found = assert_equal_scores(quantized(model, model_statistics(model), **arguments))
     assert len(np.unique(found)) > 5
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     split=st.booleans(),
     mode=st.sampled_from(MODES),
     weight_mode=st.sampled_from(MODES),
     bits=st.tuples(st.integers(2, 8), st.integers(2, 8)),
-    per_channel=st.booleans(),
+    per_channel_wts=st.booleans(),
     width=st.sampled_from([0.05, 0.5, 1.0, 3.0, 50.0]),
     bits_accum=st.sampled_from([32, 32, 20, 12, 8]),
     approximate=st.sampled_from([None, None, 2, 8]),
     layers=st.sampled_from([(6, 5, 4), (2, 1), (4, 9, 17, 3), (40, 33, 20)]),
     mf_dim=st.integers(1, 20),
+    scaled_concat=st.booleans(),
+    embedding_bits=st.sampled_from([None, None, 4, 8]),
 )
 def test_small_models_of_any_settings(
-    seed, split, mode, weight_mode, bits, per_channel, width, bits_accum, approximate, layers, mf_dim
+    seed, split, mode, weight_mode, bits, width, layers, mf_dim, approximate, **arguments
 ):
     """Ranges narrower than the values, so that rows saturate, or wider."""
     model = small_model(seed, split, mf_dim=mf_dim, layers=layers)
@@ -109,9 +112,8 @@ def test_small_models_of_any_settings(
             mode={"activations": mode, "weights": weight_mode},
             bits_activations=bits[0],
             bits_parameters=bits[1],
-            per_channel_wts=per_channel,
-            bits_accum=bits_accum,
             scale_approx_mult_bits=approximate,
+            **arguments,
         )
     )
 
@@ -262,8 +264,14 @@ def test_models_of_real_data(ncf, convert, tmp_path, file, users):
         model.load_state_dict(neumf.with_final_layer(weights, split_final))
         calibrate = partial(score_all, split=split, nb_users=users // 10)
         statistics = collect_quant_stats(model, calibrate, rows_per_batch=split.nb_candidates)
-        for mode, per_channel, bits in product(MODES, (False, True), (8, 5)):
-            arguments = {"mode": mode, "per_channel_wts": per_channel, "bits_parameters": bits}
+        more = (
+            {"bits_parameters": 8},
+            {"bits_parameters": 5},
+            {"scaled_concat": True},
+            {"embedding_bits": 4},
+        )
+        for mode, per_channel, changes in product(MODES, (False, True), more):
+            arguments = {"mode": mode, "per_channel_wts": per_channel} | changes
             prepared = quantized(model.requires_grad_(False), statistics, **arguments)
             both = (
                 score_candidates(scorer, split, range(users))
@@ -373,6 +381,8 @@ def test_compiled_scores_are_the_same_to_the_bit():
         {"bits_parameters": 0},
         {"overrides": {"mlp.0": FLOAT, "sigmoid": {"clip_acts": "none", "mode": "asym_u"}}},
         {"model_activation_stats": None},
+        {"scaled_concat": True, "embedding_bits": 4, "overrides": {"sigmoid": FLOAT}},
+        {"embedding_bits": 8, "mode": "sym"},
     ],
 )
 def test_saved_model_scores_the_same(split, arguments, tmp_path):

@@ -1142,6 +1142,8 @@ def test_flags_have_the_originals_names_and_defaults():
         "qe_no_quant_layers": [],
         "qe_per_channel": False,
         "qe_scale_approx_bits": None,
+        "qe_scaled_concat": False,
+        "qe_embedding_bits": None,
         "qe_save_fp_weights": False,
         "qe_engine": "auto",
         "qe_convert_pytorch": False,

@@ -9,6 +9,7 @@ from .clipping import ClipMode
 from .linear import LinearQuantMode
 
 ENGINES = ("auto", "integer", "simulate")
+EMBEDDING_BITS = (4, 8)  # that fill bytes
 
 
 def portion(text: str) -> float:
@@ -95,6 +96,17 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
         type=int,
         metavar="BITS",
         help="cut scales to a multiplier of so many bits and a shift",
+    )
+    add(
+        "--qe-scaled-concat",
+        action="store_true",
+        help="the final layer's inputs keep a scale each, which go into its weights",
+    )
+    add(
+        "--qe-embedding-bits",
+        type=int,
+        choices=EMBEDDING_BITS,
+        help="embedding tables of so many bits, with a scale for every row (default: --qe-bits-wts, with one scale)",
     )
     add("--qe-save-fp-weights", action="store_true", help="keep the float weights beside the integers")
     add(

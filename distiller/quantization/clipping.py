@@ -1,16 +1,21 @@
 """Which part of a tensor's range is quantized: clip modes over calibrated or measured statistics.
 
 gauss and laplace follow ACIQ (Banner et al., arXiv:1810.05723): the clipping value that minimises the expected
-squared error of a normal or Laplace variable, in units of its std or of b, its mean absolute deviation.
+squared error of a normal or Laplace variable, in units of its std or of b, its mean absolute deviation. percentile, mse
+and kl look at the calibrated histogram in place of such an assumption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .histogram import Histogram, least_divergence_range, least_squares_range, percentile_range
+from .linear import LinearQuantMode
 
 
 class ClipMode(Enum):
@@ -21,6 +26,14 @@ class ClipMode(Enum):
     N_STD = "n_std"
     GAUSS = "gauss"
     LAPLACE = "laplace"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+    KL = "kl"
+
+    @property
+    def of_histogram(self) -> bool:
+        """Whether a calibrated histogram is needed."""
+        return self in (ClipMode.PERCENTILE, ClipMode.MSE, ClipMode.KL)
 
 
 # alpha per number of bits, and its second row for a tensor that a ReLU has cut off at 0.
@@ -39,6 +52,8 @@ ACIQ_MAX_BITS = 8
 
 def required_statistics(clip: ClipMode, symmetric: bool) -> tuple[str, ...]:
     """The keys that ``clip_range`` reads."""
+    if clip.of_histogram:
+        return ("histogram",)
     if clip is ClipMode.NONE:
         return ("min", "max")
     if clip is ClipMode.AVG:
@@ -50,9 +65,9 @@ def required_statistics(clip: ClipMode, symmetric: bool) -> tuple[str, ...]:
 
 
 def clip_range(
-    statistics: Mapping[str, float | Tensor],
+    statistics: Mapping[str, Any],
     clip: ClipMode,
-    symmetric: bool,
+    mode: LinearQuantMode,
     bits: int,
     n_stds: float | None = None,
     half_range: bool = False,
@@ -61,9 +76,9 @@ def clip_range(
 
     Args:
         statistics: Those that ``required_statistics`` names, as floats (calibrated) or float32 scalars (of the
-            tensor at hand).
+            tensor at hand); a histogram as ``Histogram.plain`` makes it.
         clip: How the range is found.
-        symmetric: Whether the quantization mode is symmetric.
+        mode: Of quantization.
         bits: Of the quantized tensor; at most ``ACIQ_MAX_BITS`` for gauss and laplace.
         n_stds: Standard deviations that n_std keeps on each side of the mean.
         half_range: The tensor comes out of a fused ReLU.
@@ -79,6 +94,10 @@ def clip_range(
         return float32(statistics["min"]), float32(statistics["max"])
     if clip is ClipMode.AVG:
         return float32(statistics["avg_min"]), float32(statistics["avg_max"])
+    if clip.of_histogram:
+        histogram = Histogram.from_plain(statistics["histogram"])
+        low, high = _range_of_histogram(histogram, clip, mode, bits)
+        return float32(low), float32(high)
     mean = float32(statistics["mean"])
     if clip is ClipMode.N_STD:
         reach = n_stds * float32(statistics["std"])
@@ -87,12 +106,21 @@ def clip_range(
 
     spread = statistics["b" if clip is ClipMode.LAPLACE else "std"]
     # The product of two doubles where the statistics are calibrated, rounded to float32 once.
-    alpha = float32(spread * ACIQ_ALPHA[clip][half_range and not symmetric][bits])
-    if symmetric:
+    alpha = float32(spread * ACIQ_ALPHA[clip][half_range and not mode.symmetric][bits])
+    if mode.symmetric:
         reach = mean.abs() + alpha
         return -reach, reach
     low = torch.maximum(float32(statistics["avg_min"]), mean - alpha)
     return low, low + (alpha if half_range else 2 * alpha)
+
+
+def _range_of_histogram(
+    histogram: Histogram, clip: ClipMode, mode: LinearQuantMode, bits: int
+) -> tuple[float, float]:
+    if clip is ClipMode.PERCENTILE:
+        return percentile_range(histogram)
+    estimate = least_squares_range if clip is ClipMode.MSE else least_divergence_range
+    return estimate(histogram, mode, bits)
 
 
 def measure(x: Tensor, clip: ClipMode, symmetric: bool) -> dict[str, Tensor]:

@@ -22,10 +22,12 @@ from .wrappers import (
     AccumulatingModule,
     QuantizedConcat,
     QuantizedLinear,
+    ScaledConcat,
     saturate,
 )
 
 LEVELS = 1 << 8  # of an 8-bit integer
+SCALES_AT_ONCE = 1 << 14  # 16 MB for the levels of each
 # torch._int_mm on CUDA wants more than 16 rows, and K and M in eights. AMX works in sixteens: on two cores 4000 x 256
 # took 0.159 ms by 136 columns, 0.133 by 144 and 0.126 by 128 (2026-11-23).
 MIN_ROWS, MULTIPLE = 17, 16
@@ -47,13 +49,23 @@ def require_levels(name: str, params: QuantParams) -> None:
     if params.q_max - params.q_min >= LEVELS:
         raise NotIntegerError(f"layer {name} has more than 8 bits")
     q = torch.arange(params.q_min, params.q_max + 1, dtype=torch.float32, device=params.scale.device)
-    if not torch.equal(quantize(dequantize(q, params), params), q):
-        raise NotIntegerError(f"layer {name} has a range that float32 does not tell 8 bits apart in")
+    columns = zip(
+        *(x.reshape(-1, 1).split(SCALES_AT_ONCE) for x in (params.scale, params.zero_point)), strict=True
+    )
+    for scale, zero_point in columns:
+        some = QuantParams(scale, zero_point, params.q_min, params.q_max)
+        if not (quantize(dequantize(q, some), some) == q).all():
+            raise NotIntegerError(f"layer {name} has a range that float32 does not tell 8 bits apart in")
 
 
 def code_shift(q_min: int) -> int:
     """What to take from integers that start at ``q_min`` so that they fit int8."""
     return 128 if q_min == 0 else 0
+
+
+def zero_point_of(params: QuantParams, columns: slice) -> float:
+    """The zero point that some columns have in common."""
+    return (params.zero_point[columns] if params.zero_point.numel() > 1 else params.zero_point)[0].item()
 
 
 def product_dtype(features: int, device: torch.device) -> torch.dtype:
@@ -97,7 +109,7 @@ class IntegerProduct:
         self._shift = code_shift(inputs.q_min)
         weight = (linear.weight[:, columns].int() - code_shift(w_min)).to(torch.int8)
         self._outputs, depth = weight.shape
-        a = int(inputs.zero_point) + self._shift
+        a = int(zero_point_of(inputs, columns)) + self._shift
         b = linear.w_zero_point.int() + code_shift(w_min)
         constant = a * weight.sum(1, dtype=torch.int32) + depth * a * b
         if bias and linear.bias is not None:
@@ -137,7 +149,7 @@ class SingleOutput:
     """
 
     def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool):
-        self._zero_point = linear.fixed_input(0).zero_point.item()
+        self._zero_point = zero_point_of(linear.fixed_input(0), columns)
         self._weight = linear.operand[0, columns]
         self._bias = linear.bias if bias else None
 
@@ -149,62 +161,89 @@ class SingleOutput:
         return sums if self._bias is None else sums.add_(self._bias)
 
 
+def require_finite(name: str, factors: Tensor) -> None:
+    """Raise a ``NotIntegerError`` unless these factors between a layer's scales are numbers."""
+    if not torch.isfinite(factors).all():
+        raise NotIntegerError(f"layer {name} has a factor between scales that float32 does not hold")
+
+
 class Requantizer:
     """From a layer's sums to its output's integers, by the wrapper's float32 operations in their order.
 
     Args:
         name: Of the layer.
         layer: With fixed ranges.
-        scale: Of the sums, in quanta per unit.
+        scale: Of the sums, in quanta per unit; None where every row has its own, given with it.
         bits: Of the sums, which saturate there.
 
     Raises:
         NotIntegerError: float32 cannot hold the factor from one scale to the other.
     """
 
-    def __init__(self, name: str, layer: AccumulatingModule, scale: Tensor, bits: int = ACCUMULATOR_BITS):
+    def __init__(
+        self, name: str, layer: AccumulatingModule, scale: Tensor | None, bits: int = ACCUMULATOR_BITS
+    ):
         output = layer.fixed_output
         require_levels(name, output)
-        self._factor = approximate_scale(output.scale / scale, layer.settings.scale_bits)
-        if not torch.isfinite(self._factor).all():
-            raise NotIntegerError(f"layer {name} has a factor between scales that float32 does not hold")
+        self._scale, self._scale_bits = output.scale, layer.settings.scale_bits
+        if scale is not None:
+            self._factor = self.factor_of(scale)
+            require_finite(name, self._factor)
         self._bits = bits
         self._zero_point = output.zero_point.item()
         # All of this rises with the sum, so that a ReLU before it is a bound on what comes out.
         self._low = max(output.q_min, -self._zero_point) if layer.fused_relu else output.q_min
         self._high = output.q_max
 
-    def __call__(self, sums: Tensor) -> Tensor:
-        """Whole numbers in float32 of sums in int32 or float32; float32 is overwritten."""
+    def factor_of(self, scale: Tensor) -> Tensor:
+        """From the scale of sums to that of the output."""
+        return approximate_scale(self._scale / scale, self._scale_bits)
+
+    def __call__(self, sums: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Whole numbers in float32 of sums in int32 or float32; float32 is overwritten.
+
+        ``scale`` is that of every row's sums, (N, 1), where they have their own.
+        """
         if self._bits < ACCUMULATOR_BITS:
             sums = saturate(sums, self._bits)
-        q = sums.float().mul_(self._factor)
+        q = sums.float().mul_(self._factor if scale is None else self.factor_of(scale))
         if self._zero_point:
             q.sub_(self._zero_point)
         return q.round_().clamp_(self._low, self._high)
 
 
 class Rescaler:
-    """From an input's integers to those of the concatenation that it goes into, likewise."""
+    """From an input's integers to those of the concatenation that it goes into, likewise.
 
-    def __init__(self, name: str, concat: QuantizedConcat, position: int):
-        inputs, output = concat.fixed_input(position), concat.fixed_output
+    Args:
+        name: Of the layer.
+        concat: The layer.
+        inputs: Parameters of the input, those of a table's rows all together.
+    """
+
+    def __init__(self, name: str, concat: QuantizedConcat, inputs: QuantParams):
+        output = concat.fixed_output
         require_levels(name, inputs)
         require_levels(name, output)
-        self._ratio = output.scale / inputs.scale
-        if not torch.isfinite(self._ratio).all():
-            raise NotIntegerError(f"layer {name} has a factor between scales that float32 does not hold")
-        self._from, self._to = inputs.zero_point.item(), output.zero_point.item()
+        require_finite(name, output.scale / inputs.scale)
+        self._inputs = inputs
+        self._scale, self._zero_point = output.scale, output.zero_point.item()
         self._low, self._high = output.q_min, output.q_max
 
-    def __call__(self, q: Tensor) -> Tensor:
-        """Whole numbers in float32 of such, which are overwritten."""
-        if self._from:
-            q.add_(self._from)
-        q.mul_(self._ratio).round_()
-        if self._to:
-            q.sub_(self._to)
+    def __call__(self, q: Tensor, params: QuantParams | None = None) -> Tensor:
+        """Whole numbers in float32 of such, which are overwritten; ``params`` are rows' own, where they have some."""
+        params = params or self._inputs
+        q.add_(params.zero_point).mul_(self._scale / params.scale).round_()
+        if self._zero_point:
+            q.sub_(self._zero_point)
         return q.clamp_(self._low, self._high)
+
+
+def rescalers_of(
+    name: str, concat: QuantizedConcat | ScaledConcat, inputs: Sequence[QuantParams]
+) -> list[Rescaler] | None:
+    """What brings a concatenation's inputs to the scale they have in common, None where each keeps its own."""
+    return [Rescaler(name, concat, x) for x in inputs] if isinstance(concat, QuantizedConcat) else None
 
 
 class IntegerLinear:
@@ -214,7 +253,7 @@ class IntegerLinear:
         name: Of the layer.
         linear: The layer, with fixed ranges.
         widths: Input features of each of the inputs.
-        concat: The layer that puts them side by side, and its name; None for a single input.
+        rescalers: Of each of the inputs, where what puts them side by side brings them to a scale in common.
 
     Raises:
         NotIntegerError: more than 8 bits, sums that 32 bits may not hold, or ranges or factors between scales that
@@ -226,7 +265,7 @@ class IntegerLinear:
         name: str,
         linear: QuantizedLinear,
         widths: Sequence[int],
-        concat: tuple[str, QuantizedConcat] | None = None,
+        rescalers: Sequence[Rescaler] | None = None,
     ):
         low, high = linear.weight_range
         if high - low >= LEVELS:
@@ -235,7 +274,7 @@ class IntegerLinear:
         largest_bias = 0 if linear.bias is None else linear.bias.abs().max().item()
         if not sum(widths) * LARGEST_TERM + largest_bias < LARGEST_SUM:
             raise NotIntegerError(f"layer {name} has sums that 32 bits may not hold")
-        self._rescalers = [Rescaler(concat[0], concat[1], i) for i in range(len(widths))] if concat else None
+        self._rescalers = rescalers
         exact = linear.exact_dtype is torch.float32
         if exact and len(linear.weight) == 1:
             product = SingleOutput
@@ -245,13 +284,13 @@ class IntegerLinear:
         self._products = [product(linear, slice(start, stop), start == 0) for start, stop in ends]
         self._requantizer = Requantizer(name, linear, linear.accumulator_scale, linear.accumulator_bits)
 
-    def sums_of(self, position: int, q: Tensor) -> Tensor:
+    def sums_of(self, position: int, q: Tensor, params: QuantParams | None = None) -> Tensor:
         """What one input, (N, K) whole numbers in float32, adds to the sums: (N, M) in float32 or int32, always alike.
 
-        ``q`` is overwritten.
+        ``q`` is overwritten; ``params`` are its rows' where they have their own.
         """
         if self._rescalers:
-            q = self._rescalers[position](q)
+            q = self._rescalers[position](q, params)
         return self._products[position](q)
 
     def output(self, sums: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import nn
 
 from ..cli import InputError
 from ..files import atomic_write, read_yaml
-from ..graph import ModuleCall, leaf_modules, module_graph
+from ..graph import ModuleCall, leaf_modules, module_graph, output_widths
 from ..modules import Concat, EltwiseAdd, EltwiseMult
-from .arguments import changed_flags
+from .arguments import EMBEDDING_BITS, changed_flags
 from .clipping import ClipMode, required_statistics
 from .linear import LinearQuantMode, QuantParams, params_of_range
 from .settings import Request, choice, modes, requests_by_layer
@@ -41,8 +41,12 @@ from .wrappers import (
     QuantizedLinear,
     QuantizedModule,
     QuantizedMult,
+    QuantizedTable,
+    RowQuantizedEmbedding,
+    ScaledConcat,
     WeightQuantizedLinear,
     WeightSettings,
+    params_of_columns,
 )
 
 log = logging.getLogger(__name__)
@@ -72,6 +76,10 @@ class PostTrainLinearQuantizer:
         scale_approx_mult_bits: Cut scales to multipliers of so many bits and a shift.
         save_fp_weights: Keep each Linear's float weight and bias beside the integers, as ``float_weight`` and
             ``float_bias``.
+        scaled_concat: A concatenation of tensors with a scale each that feeds one Linear keeps these scales, which go
+            into the Linear's weight.
+        embedding_bits: 4 or 8: embedding tables of so many bits, with a scale for every row, in place of one of
+            ``bits_parameters`` with one scale for all.
 
     Raises:
         InputError: an argument out of its range.
@@ -92,14 +100,20 @@ class PostTrainLinearQuantizer:
         clip_n_stds: float | None = None,
         scale_approx_mult_bits: int | None = None,
         save_fp_weights: bool = False,
+        scaled_concat: bool = False,
+        embedding_bits: int | None = None,
     ):
         _check_range("--qe-bits-accum (bits_accum)", bits_accum, 1, 32)
         if scale_approx_mult_bits is not None:
             _check_range("--qe-scale-approx-bits (scale_approx_mult_bits)", scale_approx_mult_bits, 2, 31)
-        if not isinstance(per_channel_wts, bool):
-            raise InputError(
-                f"--qe-per-channel (per_channel_wts): {per_channel_wts!r} is neither true nor false"
-            )
+        for flag, value in (
+            ("--qe-per-channel (per_channel_wts)", per_channel_wts),
+            ("--qe-scaled-concat (scaled_concat)", scaled_concat),
+        ):
+            if not isinstance(value, bool):
+                raise InputError(f"{flag}: {value!r} is neither true nor false")
+        if embedding_bits not in (None, *EMBEDDING_BITS):
+            raise InputError(f"--qe-embedding-bits (embedding_bits): {embedding_bits!r}; it takes 4 or 8")
         self.model = model
         self.default = Request(
             bits_activations,
@@ -118,6 +132,8 @@ class PostTrainLinearQuantizer:
             check_statistics(model_activation_stats, "model_activation_stats")
         self.statistics: Statistics | None = model_activation_stats
         self.save_fp_weights = save_fp_weights
+        self.scaled_concat = scaled_concat
+        self.embedding_bits = embedding_bits
 
     @classmethod
     def from_args(cls, model: nn.Module, args: Namespace) -> PostTrainLinearQuantizer:
@@ -158,6 +174,8 @@ class PostTrainLinearQuantizer:
             clip_n_stds=args.qe_clip_n_stds,
             scale_approx_mult_bits=args.qe_scale_approx_bits,
             save_fp_weights=args.qe_save_fp_weights,
+            scaled_concat=args.qe_scaled_concat,
+            embedding_bits=args.qe_embedding_bits,
         )
 
     @classmethod
@@ -190,7 +208,7 @@ class PostTrainLinearQuantizer:
         """Replace the model's modules by quantized ones. A forward changes nothing afterwards.
 
         Args:
-            dummy_input: Arguments of the model's forward, for tracing it. They are not computed with.
+            dummy_input: Arguments of the model's forward, for tracing it.
 
         Raises:
             InputError: a layer's settings are out of range, or statistics that they need are missing.
@@ -207,6 +225,9 @@ class PostTrainLinearQuantizer:
         requests = requests_by_layer(self.default, self.overrides, leaf_modules(self.model))
         self.activations = {name: requests[name].activations(name) for name in self.graph}
         self.weights = {name: requests[name].weights(name) for name in self.graph}
+        self._check_ranges()
+        self.widths = output_widths(self.graph, self.modules)
+        self.by_row: set[str] = set()  # modules whose outputs carry parameters of their own for every row
         self.fused = self._fuse_and_clip()
         carried: dict[str | None, QuantParams | None] = {}
         for name, call in self.graph.items():
@@ -219,6 +240,14 @@ class PostTrainLinearQuantizer:
     def dynamic(self) -> bool:
         """Whether ranges are found on every forward, so that a row's result depends on its whole batch."""
         return self.statistics is None and any(self.activations.values())
+
+    def _check_ranges(self) -> None:
+        for name, activations in self.activations.items():
+            if self.statistics is None and activations and activations.clip.of_histogram:
+                raise InputError(
+                    f"--qe-clip-acts {activations.clip.value} for layer {name} needs --qe-stats-file: "
+                    "it looks at calibrated histograms"
+                )
 
     def _fuse_and_clip(self) -> set[str]:
         """Cut statistics to what consumers keep; the names of the modules that take over their ReLU."""
@@ -252,7 +281,12 @@ class PostTrainLinearQuantizer:
         module, activations, weights = self.modules[name], self.activations[name], self.weights[name]
         if isinstance(module, PASS_THROUGH):
             carried[name] = carried.get(call.inputs[0])
+            if call.inputs[0] in self.by_row:
+                self.by_row.add(name)
             return None
+        if isinstance(module, nn.Embedding) and weights and self.embedding_bits:
+            self.by_row.add(name)
+            return RowQuantizedEmbedding(module, self.embedding_bits, weights.mode)
         if isinstance(module, nn.Embedding) and weights:
             embedding = QuantizedEmbedding(module, self._table_params(name, module, weights))
             carried[name] = embedding.params
@@ -279,8 +313,15 @@ class PostTrainLinearQuantizer:
         if self.statistics is not None:
             inputs = self._input_params(name, module, activations, carried)
             output = self._params(name, None, activations, fused)
+            if self._keeps_scales(name):
+                widths = [self.widths[source] for source in self.graph[name].inputs]
+                return ScaledConcat(activations, inputs, params_of_columns(inputs, widths))
         common = (activations, inputs, output, fused)
         if _is_linear(module) and weights:
+            if self.by_row.intersection(self.graph[name].inputs):
+                raise InputError(
+                    f"--qe-embedding-bits: layer {name} reads rows with a scale each, which it cannot fold"
+                )
             quantized = QuantizedLinear(module, weights, *common)
             if self.save_fp_weights:
                 quantized.register_buffer("float_weight", module.weight.detach())
@@ -300,14 +341,30 @@ class PostTrainLinearQuantizer:
         module: nn.Module,
         activations: ActivationSettings,
         carried: Mapping[str | None, QuantParams | None],
-    ) -> list[QuantParams]:
-        """Of every input: what it carries, or else from its own statistics."""
+    ) -> list[QuantParams | None]:
+        """Of every input: what it carries, None where that differs from row to row, or else from its statistics."""
         if isinstance(module, nn.Embedding):
             return []  # its input is an index
         return [
-            carried.get(source) or self._params(name, position, activations, half_range=False)
+            None
+            if source in self.by_row
+            else carried.get(source) or self._params(name, position, activations, half_range=False)
             for position, source in enumerate(self.graph[name].inputs)
         ]
+
+    def _keeps_scales(self, name: str) -> bool:
+        """Whether a module is a concatenation whose inputs keep their scales: its one consumer can fold them."""
+        module, call = self.modules[name], self.graph[name]
+        consumer = call.consumers[0] if len(call.consumers) == 1 else None
+        return (
+            self.scaled_concat
+            and isinstance(module, Concat)
+            and module.dim == 1
+            and consumer is not None
+            and _is_linear(self.modules[consumer])
+            and not self.by_row.intersection(call.inputs)
+            and all(self.widths.get(source) for source in call.inputs)
+        )
 
     def _params(
         self, name: str, position: int | None, activations: ActivationSettings, half_range: bool
@@ -339,7 +396,7 @@ class PostTrainLinearQuantizer:
         """By quantized layer: type, bits, modes, clipping, and its scales and zero points where they are scalars."""
         result = {}
         for name, module in self.modules.items():
-            if isinstance(module, QuantizedModule | QuantizedEmbedding | WeightQuantizedLinear):
+            if isinstance(module, QuantizedModule | QuantizedTable | WeightQuantizedLinear):
                 result[name] = {"type": type(module).__name__} | self._describe(name, module)
         return result
 
@@ -355,7 +412,7 @@ class PostTrainLinearQuantizer:
             }
         if hasattr(module, "w_scale"):
             entry |= {
-                "bits_weights": weights.bits,
+                "bits_weights": getattr(module, "bits", weights.bits),
                 "mode_weights": weights.mode.value,
                 "per_channel_wts": weights.per_channel and len(module.w_scale) > 1,
             }

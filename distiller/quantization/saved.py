@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -11,7 +12,8 @@ from torch import nn
 
 from ..cli import InputError
 from .post_train import PostTrainLinearQuantizer
-from .statistics import FLAG
+from .statistics import FLAG, Statistics
+from .wrappers import QuantizedTable
 
 
 def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
@@ -19,7 +21,7 @@ def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
     request = quantizer.default
     return {
         "state_dict": quantizer.model.state_dict(),
-        "statistics": quantizer.statistics,
+        "statistics": _without_histograms(quantizer.statistics),
         "quantizer": {
             "bits_activations": request.bits_activations,
             "bits_parameters": request.bits_weights,
@@ -31,6 +33,8 @@ def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
             "clip_n_stds": request.clip_n_stds,
             "scale_approx_mult_bits": request.scale_approx_mult_bits,
             "save_fp_weights": quantizer.save_fp_weights,
+            "scaled_concat": quantizer.scaled_concat,
+            "embedding_bits": quantizer.embedding_bits,
         },
     }
 
@@ -79,8 +83,21 @@ def check_tensors(model: nn.Module) -> None:
             zero_point, low, high = params.zero_point, params.q_min, params.q_max
             if ((zero_point != zero_point.round()) | (zero_point < -high) | (zero_point > -low)).any():
                 raise InputError(f"not a quantized model: the zero point of {name}'s {what} is out of range")
-            if what == "weight" and ((module.weight < low) | (module.weight > high)).any():
+            weight = (
+                module.integers() if isinstance(module, QuantizedTable) else getattr(module, "weight", None)
+            )
+            if what == "weight" and ((weight < low) | (weight > high)).any():
                 raise InputError(f"not a quantized model: {name} holds weights outside {low} to {high}")
+
+
+def _without_histograms(statistics: Statistics | None) -> Statistics | None:
+    """Statistics whose histograms have only one bin: the ranges found in them are in the tensors already."""
+    result = copy.deepcopy(statistics)
+    for entry in (result or {}).values():
+        for tensor in (*entry.get("inputs", {}).values(), entry.get("output", {})):
+            if "histogram" in tensor:
+                tensor["histogram"] |= {"counts": "1"}
+    return result
 
 
 def _plain(value: object) -> object:

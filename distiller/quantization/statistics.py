@@ -1,7 +1,7 @@
 """Calibrated statistics of activations: the YAML file, and what fusing and clipping make of them.
 
 A file has an entry per leaf module: ``inputs``, by position, and ``output``, each a map of min, max, avg_min,
-avg_max, mean, std, b and shape.
+avg_max, mean, std, b, shape and, of floating point values, histogram.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from ..cli import InputError
 from ..files import atomic_write, read_yaml
 from ..graph import ModuleCall
+from .histogram import Histogram
 
 Statistics = dict[str, dict[str, Any]]
 
@@ -67,6 +68,11 @@ def _problem(entry: object) -> str | None:
             value = tensor.get(key, 0.0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
                 return f"{name}: {key}: {str(value)[:40]} is not a number that float32 holds"
+        try:
+            if "histogram" in tensor:
+                Histogram.from_plain(tensor["histogram"])
+        except ValueError as error:
+            return f"{name}: histogram: {error}"
     return None
 
 
@@ -116,8 +122,8 @@ def clip_to_consumers(statistics: Statistics, bounds: Mapping[str, tuple[str, fl
         bounds: By producer's name: its only consumer's name, and the bounds that consumer keeps.
 
     Returns:
-        A copy. min, max, avg_min and avg_max of each producer's output lie within the bounds, and the
-        consumer's input 0 is a copy of it.
+        A copy. min, max, avg_min, avg_max and the histogram of each producer's output lie within the bounds, and
+        the consumer's input 0 is a copy of it.
     """
     result = copy.deepcopy(statistics)
     for producer, (consumer, low, high) in bounds.items():
@@ -125,6 +131,8 @@ def clip_to_consumers(statistics: Statistics, bounds: Mapping[str, tuple[str, fl
         for key in ("min", "max", "avg_min", "avg_max"):
             if key in output:
                 output[key] = min(max(output[key], low), high)
+        if "histogram" in output:
+            output["histogram"] = Histogram.from_plain(output["histogram"]).within(low, high).plain()
         if consumer in result:
             result[consumer].setdefault("inputs", {})[0] = dict(output)
     return result

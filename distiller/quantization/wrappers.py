@@ -55,7 +55,7 @@ class ActivationSettings:
 
     def params(self, statistics: dict, half_range: bool = False) -> QuantParams:
         """Scale and zero point from a tensor's statistics. Zero points come from the scale before its cut."""
-        low, high = clip_range(statistics, self.clip, self.mode.symmetric, self.bits, self.n_stds, half_range)
+        low, high = clip_range(statistics, self.clip, self.mode, self.bits, self.n_stds, half_range)
         exact = params_of_range(low, high, self.bits, self.mode)
         scale = approximate_scale(exact.scale, self.scale_bits)
         return QuantParams(scale, exact.zero_point, exact.q_min, exact.q_max)
@@ -81,8 +81,9 @@ class QuantizedModule(nn.Module, ABC):
 
     Args:
         settings: Of this layer's activations.
-        inputs: Parameters of each input, which its producer carries or which come from statistics. None:
-            found on every forward, carried or else measured (dynamic quantization).
+        inputs: Parameters of each input, which its producer carries or which come from statistics. None for an input
+            that carries other ones on every forward: rows with parameters of their own. None for all of them: found on
+            every forward, carried or else measured (dynamic quantization).
         output: Parameters of the output; None likewise.
         fused_relu: Apply ReLU to the accumulator.
     """
@@ -90,7 +91,7 @@ class QuantizedModule(nn.Module, ABC):
     def __init__(
         self,
         settings: ActivationSettings,
-        inputs: Sequence[QuantParams] | None,
+        inputs: Sequence[QuantParams | None] | None,
         output: QuantParams | None,
         fused_relu: bool = False,
     ):
@@ -102,7 +103,8 @@ class QuantizedModule(nn.Module, ABC):
         if output is not None:
             self._register("output", output)
             for position, params in enumerate(inputs):
-                self._register(f"input_{position}", params)
+                if params is not None:
+                    self._register(f"input_{position}", params)
 
     def _register(self, name: str, params: QuantParams) -> None:
         """Keep parameters as buffers, so that they move between devices and into checkpoints."""
@@ -121,13 +123,12 @@ class QuantizedModule(nn.Module, ABC):
 
     def input_params(self, position: int, x: Tensor) -> QuantParams:
         """The parameters to quantize input ``position`` with."""
-        if self.dynamic:
-            return carried(x) or self.settings.params_of_tensor(x)
-        return self.fixed_input(position)
+        return self.fixed_input(position) or carried(x) or self.settings.params_of_tensor(x)
 
-    def fixed_input(self, position: int) -> QuantParams:
-        """The parameters of input ``position`` where they are fixed: not in dynamic quantization."""
-        return self._registered(f"input_{position}")
+    def fixed_input(self, position: int) -> QuantParams | None:
+        """The parameters of input ``position``; None where they are found on every forward."""
+        name = f"input_{position}"
+        return self._registered(name) if name in self._ranges else None
 
     @property
     def fixed_output(self) -> QuantParams | None:
@@ -231,6 +232,27 @@ class QuantizedConcat(RescalingModule):
         return torch.cat([self.rescale(x) for x in operands], dim=self.dim), self.output_scale
 
 
+class ScaledConcat(QuantizedModule):
+    """``Concat`` along dimension 1 whose inputs keep scales of their own: its output has a scale for every column.
+
+    A ``QuantizedLinear`` that reads it folds these scales into its weight.
+    """
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        seen = [fake_quantize(x, self.fixed_input(position)) for position, x in enumerate(inputs)]
+        return carry(torch.cat(seen, dim=1), self.fixed_output)
+
+
+def params_of_columns(params: Sequence[QuantParams], widths: Sequence[int]) -> QuantParams:
+    """Parameters of tensors side by side, ``widths`` columns each: (K,)."""
+    return QuantParams(
+        torch.cat([x.scale.expand(width) for x, width in zip(params, widths, strict=True)]),
+        torch.cat([x.zero_point.expand(width) for x, width in zip(params, widths, strict=True)]),
+        min(x.q_min for x in params),
+        max(x.q_max for x in params),
+    )
+
+
 class QuantizedAdd(RescalingModule):
     """``EltwiseAdd``."""
 
@@ -294,6 +316,9 @@ class QuantizedLinear(AccumulatingModule):
     it is rescaled from integers of its own. Products and sums are exact: in float32 while none can reach
     2^24, in float64 where one can.
 
+    An input with a scale s_k for every column k is read as the whole numbers that it consists of, of scale 1, by the
+    weights w_k / s_k: the same products.
+
     Args:
         linear: The float layer.
         weights: How its weights are quantized.
@@ -303,9 +328,12 @@ class QuantizedLinear(AccumulatingModule):
     def __init__(self, linear: nn.Linear, weights: WeightSettings, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.accumulator_bits = weights.accumulator_bits
-        params = weights.params(linear.weight)
+        inputs = self.fixed_input(0)
+        self.folded = inputs is not None and inputs.scale.numel() > 1
+        weight = linear.weight.detach() / inputs.scale if self.folded else linear.weight
+        params = weights.params(weight)
         self.weight_range = (params.q_min, params.q_max)
-        quantize_weights(self, linear.weight, params)
+        quantize_weights(self, weight, params)
         self._quantize_bias(linear.bias)
         self._prepare_product()
         self.register_load_state_dict_post_hook(_prepare_again)
@@ -340,7 +368,8 @@ class QuantizedLinear(AccumulatingModule):
         return super().all_params() | {"weight": weight}
 
     def _accumulator_scale(self, input_scale: Tensor) -> Tensor:
-        return approximate_scale(input_scale * self.w_scale, self.settings.scale_bits)
+        scale = self.w_scale if self.folded else input_scale * self.w_scale
+        return approximate_scale(scale, self.settings.scale_bits)
 
     @property
     def accumulator_scale(self) -> Tensor:
@@ -368,8 +397,33 @@ def _prepare_again(linear: QuantizedLinear, _: object) -> None:
     linear._prepare_product()
 
 
-class QuantizedEmbedding(nn.Module):
-    """``nn.Embedding`` with a table of integers; what it hands out carries the table's parameters.
+class QuantizedTable(nn.Module, ABC):
+    """``nn.Embedding`` with a table of integers; what it hands out carries its parameters."""
+
+    @property
+    @abstractmethod
+    def params(self) -> QuantParams:
+        """Parameters of the whole table, broadcastable to it."""
+
+    @abstractmethod
+    def integers(self) -> Tensor:
+        """The table's integers, one by one."""
+
+    @abstractmethod
+    def lookup(self, index: Tensor) -> tuple[Tensor, QuantParams]:
+        """Rows, whole numbers in float32, and their parameters."""
+
+    def all_params(self) -> dict[str, QuantParams]:
+        """The table's, by its name."""
+        return {"weight": self.params}
+
+    def forward(self, index: Tensor) -> Tensor:
+        q, params = self.lookup(index)
+        return carry(dequantize(q, params), params)
+
+
+class QuantizedEmbedding(QuantizedTable):
+    """A table with one scale.
 
     Args:
         embedding: The float layer.
@@ -385,13 +439,60 @@ class QuantizedEmbedding(nn.Module):
     def params(self) -> QuantParams:
         return QuantParams(self.w_scale, self.w_zero_point, *self._range)
 
-    def all_params(self) -> dict[str, QuantParams]:
-        """The table's, by its name."""
-        return {"weight": self.params}
+    def integers(self) -> Tensor:
+        return self.weight
 
-    def forward(self, index: Tensor) -> Tensor:
-        params = self.params
-        return carry(dequantize(F.embedding(index, self.weight), params), params)
+    def lookup(self, index: Tensor) -> tuple[Tensor, QuantParams]:
+        return F.embedding(index, self.weight).float(), self.params
+
+
+class RowQuantizedEmbedding(QuantizedTable):
+    """A table with a scale and a zero point for every row, over the row's own range; 4 bits are packed two to a byte.
+
+    Args:
+        embedding: The float layer.
+        bits: 4 or 8.
+        mode: Of quantization.
+    """
+
+    def __init__(self, embedding: nn.Embedding, bits: int, mode: LinearQuantMode):
+        super().__init__()
+        table = embedding.weight.detach()
+        params = by_row(params_of_range(table.amin(1), table.amax(1), bits, mode))
+        self.bits, self.width = bits, table.shape[1]
+        self._range = (params.q_min, params.q_max)
+        q = quantize(table, params)
+        packed = pack(q - params.q_min) if bits == 4 else q.to(storage_dtype(*self._range))
+        self.register_buffer("weight", packed)
+        self.register_buffer("w_scale", params.scale)
+        # A zero point is within [-(2^bits - 1), 2^bits - 1].
+        self.register_buffer("w_zero_point", params.zero_point.to(torch.int8 if bits == 4 else torch.int16))
+
+    @property
+    def params(self) -> QuantParams:
+        return QuantParams(self.w_scale, self.w_zero_point.float(), *self._range)
+
+    def integers(self) -> Tensor:
+        return self._unpacked(self.weight)
+
+    def _unpacked(self, rows: Tensor) -> Tensor:
+        return unpack(rows, self.width) + self._range[0] if self.bits == 4 else rows
+
+    def lookup(self, index: Tensor) -> tuple[Tensor, QuantParams]:
+        scale, zero_point = (F.embedding(index, x) for x in (self.w_scale, self.w_zero_point))
+        rows = self._unpacked(F.embedding(index, self.weight))
+        return rows.float(), QuantParams(scale, zero_point.float(), *self._range)
+
+
+def pack(q: Tensor) -> Tensor:
+    """Rows of whole numbers in [0, 15], (N, K), as bytes of two, the first in the lower half: (N, (K + 1) // 2)."""
+    low, high = q[:, ::2].to(torch.uint8), q[:, 1::2].to(torch.uint8)
+    return low | (F.pad(high, (0, low.shape[1] - high.shape[1])) << 4)
+
+
+def unpack(packed: Tensor, width: int) -> Tensor:
+    """(N, ``width``) int8 of what ``pack`` made."""
+    return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :width].to(torch.int8)
 
 
 class WeightQuantizedLinear(nn.Module):
