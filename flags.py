@@ -265,11 +265,13 @@ def check_combination(args: Namespace) -> None:
     check_quantization(args)
 
 
+def lacks_source(args: Namespace) -> bool:
+    """Whether no flag says where the ranges of activations are from, which are to be quantized."""
+    return not (args.qe_stats_file or args.qe_config_file or args.qe_dynamic) and bool(args.qe_bits_acts)
+
+
 def check_quantization(args: Namespace) -> None:
     """Raise an ``InputError`` for a quantization or calibration flag without effect."""
-    source = args.qe_stats_file or args.qe_config_file or args.qe_dynamic
-    if args.quantize_eval and not source and args.qe_bits_acts:
-        raise InputError("--quantize-eval needs --qe-stats-file, --qe-dynamic or --qe-config-file")
     if args.qe_convert_pytorch and "qe_engine" in args.given and args.qe_engine != "integer":
         raise InputError(f"--qe-convert-pytorch asks for integers, --qe-engine for {args.qe_engine}")
     engine = {"qe_engine", "qe_convert_pytorch"} if args.evaluate else set()  # of a quantized model

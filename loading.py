@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +14,7 @@ import neumf
 from dataset import Split
 from distiller.cli import InputError
 from distiller.quantization import PostTrainLinearQuantizer
+from distiller.quantization.conversion import quantizer_of_aware
 from distiller.quantization.saved import restore
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import prepare_quantization_aware
@@ -100,6 +102,29 @@ def dummy_input(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, bool]
     """Arguments of the model's forward, for tracing it."""
     index = torch.zeros(1, dtype=torch.int64, device=device)
     return index, index, True
+
+
+def quantizer_as_trained(
+    model: NeuMF, checkpoint: dict[str, Any], args: Namespace
+) -> PostTrainLinearQuantizer:
+    """The quantizer of a quantization-aware checkpoint's float model, with the settings and ranges of its training.
+
+    Raises:
+        InputError: flags ask for other ones, or the checkpoint's do not fit.
+    """
+    of_evaluation = {"qe_engine", "qe_convert_pytorch"}
+    other = sorted(name for name in args.given - of_evaluation if name.startswith("qe_"))
+    if other:
+        raise InputError(
+            f"--{other[0].replace('_', '-')}: {args.load} is quantized as it was trained; with --qe-stats-file its "
+            "float weights are quantized as asked for"
+        )
+    aware = copy.deepcopy(model)
+    restore_rounding(aware, checkpoint, args)
+    try:
+        return quantizer_of_aware(aware, model)
+    except InputError as error:
+        raise InputError(f"--load: {args.load}: {error}") from error
 
 
 def restore_rounding(model: NeuMF, checkpoint: dict[str, Any], args: Namespace) -> None:

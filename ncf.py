@@ -30,8 +30,8 @@ from distiller.quantization.statistics import foreign_statistics, save_statistic
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule
 from evaluation import metrics_of_ranks, rank_test_items, score_all
-from flags import PROG, parse_args
-from loading import dummy_input, load_model, load_quantized, restore_rounding
+from flags import PROG, lacks_source, parse_args
+from loading import dummy_input, load_model, load_quantized, quantizer_as_trained, restore_rounding
 from neumf import NeuMF
 from neumf_int8 import IntegerNeuMF
 from optim import LazyAdam
@@ -336,9 +336,16 @@ def draw_activation_histograms(args: Namespace, split: Split, device: torch.devi
     log.info("Histograms of %d layers written to %s", len(statistics), directory)
 
 
-def quantize(args: Namespace, model: NeuMF, device: torch.device) -> PostTrainLinearQuantizer:
-    """Quantize a model as the flags ask."""
-    quantizer = PostTrainLinearQuantizer.from_args(model.to(device), args)
+def quantize(
+    args: Namespace, model: NeuMF, checkpoint: dict[str, Any], device: torch.device
+) -> PostTrainLinearQuantizer:
+    """Quantize a model as the flags ask, or as it was trained to be."""
+    if not lacks_source(args):
+        quantizer = PostTrainLinearQuantizer.from_args(model.to(device), args)
+    elif checkpoint.get("quantization_aware") is not None:
+        quantizer = quantizer_as_trained(model.to(device), checkpoint, args)
+    else:
+        raise InputError("--quantize-eval needs --qe-stats-file, --qe-dynamic or --qe-config-file")
     why = foreign_statistics(model, quantizer.statistics or {})
     if why:
         log.warning("--qe-stats-file seems to belong to another model: %s", why)
@@ -399,7 +406,7 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
     else:
         model = load_model(args, args.load, checkpoint, split)
         if args.quantize_eval:
-            quantizer = quantize(args, model, device)
+            quantizer = quantize(args, model, checkpoint, device)
     if quantizer:
         scorer = quantized_scorer(args, quantizer, split, device)
     else:

@@ -23,6 +23,7 @@ from distiller.quantization.integer import (
 )
 from distiller.quantization.linear import dequantize, storage_dtype
 from distiller.quantization.wrappers import (
+    FakeQuantized,
     QuantizedConcat,
     QuantizedLinear,
     QuantizedModule,
@@ -59,10 +60,12 @@ class IntegerNeuMF:
         users, items = model.mlp_user_embed.params, model.mlp_item_embed.params
         rescalers = rescalers_of("mlp_concat", model.mlp_concat, [users, items])
         item_integers = model.mlp_item_embed.integers().float()
-        self._first = IntegerLinear("mlp.0", model.mlp[0], [item_integers.shape[1]] * 2, rescalers)
+        self._first = IntegerLinear(
+            "mlp.0", model.mlp[0], [item_integers.shape[1]] * 2, rescalers, own_relu(model, 0)
+        )
         self._item_sums = self._first.sums_of(1, item_integers, items)  # (I, L_1)
         self._later = [
-            IntegerLinear(f"mlp.{i}", linear, [linear.weight.shape[1]])
+            IntegerLinear(f"mlp.{i}", linear, [linear.weight.shape[1]], relu=own_relu(model, i))
             for i, linear in enumerate(model.mlp[1:], 1)
         ]
         self._prepare_product()
@@ -93,7 +96,8 @@ class IntegerNeuMF:
         model = self._model
         self._joint: IntegerLinear | None = None
         self._branches: list[IntegerLinear | None] = [None, None]
-        self._last: list[QuantizedModule] = [model.mf_mult, model.mlp[-1]]
+        relu = own_relu(model, len(model.mlp) - 1)
+        self._last: list[QuantizedModule] = [model.mf_mult, relu[1] if relu else model.mlp[-1]]
         if model.split_final:
             self._finals = [model.final_mf, model.final_mlp]
             for i, (name, width) in enumerate((("final_mf", mf_dim), ("final_mlp", mlp_dim))):
@@ -176,6 +180,12 @@ class IntegerNeuMF:
         return q
 
 
+def own_relu(model: NeuMF, i: int) -> tuple[str, FakeQuantized] | None:
+    """The name and the module of a ReLU that is quantized by itself; None where its linear layer applies it."""
+    relu = model.mlp_relu[i]
+    return (f"mlp_relu.{i}", relu) if isinstance(relu, FakeQuantized) else None
+
+
 def check_layers(model: NeuMF) -> None:
     """Raise a ``NotIntegerError`` unless all layers but the final ones are quantized, with fixed ranges."""
     linears = [f"mlp.{i}" for i in range(len(model.mlp))]
@@ -187,5 +197,8 @@ def check_layers(model: NeuMF) -> None:
             raise NotIntegerError(f"layer {name} finds its ranges on every batch")
     for name, kind in kinds.items():
         layer = model.get_submodule(name)
-        if not isinstance(layer, kind) or (name in linears and not layer.fused_relu):
+        if not isinstance(layer, kind):
             raise NotIntegerError(f"layer {name} is left in float")
+    for i, linear in enumerate(model.mlp):
+        if not linear.fused_relu and not own_relu(model, i):
+            raise NotIntegerError(f"layer mlp_relu.{i} is left in float")

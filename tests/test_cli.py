@@ -753,7 +753,7 @@ OTHERS = [
     ),
     *("--eval-fp16", "--resume", "--overwrite", "--max-steps", "--qe-stats-out", "--calibrate-on"),
     *("--qe-bits-accum", "--qe-clip-n-stds", "--qe-save-fp-weights", "--qe-stats-file", "--qe-dynamic"),
-    *("--qe-calibration", "--qe-config-file", "--qe-engine"),
+    *("--qe-calibration", "--qe-config-file", "--qe-engine", "--qe-scaled-concat", "--qe-embedding-bits"),
 ]
 
 
@@ -940,6 +940,43 @@ def test_an_evaluation_leaves_the_users_ranks(ncf, split_dir, checkpoint, flags)
     hits = ranks < 10
     ndcg = np.where(hits, np.log(2) / np.log(ranks + 2), 0).mean()
     assert f"HR@10 = {hits.mean():.4f}, NDCG@10 = {ndcg:.4f}" in found
+
+
+@pytest.fixture
+def aware(ncf, split_dir, checkpoint):
+    """The checkpoint of an epoch by the repository's schedule of quantization-aware training."""
+    flags = [
+        "--reset-optimizer",
+        "-e",
+        1,
+        "--compress",
+        Path(script.__file__).parent / "ncf_qat.yaml",
+        "-o",
+        "aware",
+    ]
+    assert ncf(split_dir, *TRAIN, "--load", checkpoint, *flags).code == 0
+    return Path("aware/best.pth.tar")
+
+
+def test_quantization_aware_checkpoint_is_quantized_as_it_was_trained(ncf, split_dir, aware):
+    """In integers and simulated alike, without statistics; and the file it leaves, too."""
+    load = [split_dir, "--load", aware, "--quantize-eval"]
+    line = initial(ncf(*load, "--qe-engine", "integer", "-o", "a"))
+    assert initial(ncf(*load, "--qe-engine", "simulate", "-o", "b")) == line
+    assert initial(ncf(split_dir, "--load", "a/quantized.pth.tar", "--evaluate", "-o", "c")) == line
+    assert ncf(split_dir, "--load", aware, "--evaluate", "-o", "d").code == 0
+    moved = np.abs(np.load("a/ranks.npy") - np.load("d/ranks.npy"))
+    assert np.mean(moved <= 2) > 0.8  # a score between two levels may go to the other one
+
+
+@pytest.mark.parametrize("flags", [["--qem", "asym_u"], ["--qe-scaled-concat"], ["--qebw", "4"]])
+def test_quantization_aware_checkpoint_has_its_own_settings(refused, split_dir, aware, flags):
+    refused([split_dir, "--load", aware, "--quantize-eval", *flags], "--qe-")
+
+
+def test_quantizing_needs_ranges(refused, split_dir, checkpoint):
+    """Or a checkpoint that has them."""
+    refused([split_dir, "--load", checkpoint, "--quantize-eval"], "--qe-stats-file")
 
 
 def test_overwriting_a_run_removes_its_quantized_model(ncf, split_dir, quantize_eval):

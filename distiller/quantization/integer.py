@@ -20,6 +20,7 @@ from .wrappers import (
     ACCUMULATOR_BITS,
     EXACT_IN_FLOAT32,
     AccumulatingModule,
+    FakeQuantized,
     QuantizedConcat,
     QuantizedLinear,
     ScaledConcat,
@@ -212,6 +213,19 @@ class Requantizer:
         return q.round_().clamp_(self._low, self._high)
 
 
+class RequantizedReLU:
+    """A ReLU that is a layer of its own, from the integers of its input to those of its output, likewise."""
+
+    def __init__(self, name: str, relu: FakeQuantized):
+        self._inputs, self._output = relu.fixed_input(0), relu.fixed_output
+        require_levels(name, self._inputs)
+        require_levels(name, self._output)
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """Whole numbers in float32 of such."""
+        return quantize(dequantize(q, self._inputs).relu_(), self._output)
+
+
 class Rescaler:
     """From an input's integers to those of the concatenation that it goes into, likewise.
 
@@ -254,6 +268,7 @@ class IntegerLinear:
         linear: The layer, with fixed ranges.
         widths: Input features of each of the inputs.
         rescalers: Of each of the inputs, where what puts them side by side brings them to a scale in common.
+        relu: What reads the layer's output, and its name, where the layer does not apply it itself.
 
     Raises:
         NotIntegerError: more than 8 bits, sums that 32 bits may not hold, or ranges or factors between scales that
@@ -266,6 +281,7 @@ class IntegerLinear:
         linear: QuantizedLinear,
         widths: Sequence[int],
         rescalers: Sequence[Rescaler] | None = None,
+        relu: tuple[str, FakeQuantized] | None = None,
     ):
         low, high = linear.weight_range
         if high - low >= LEVELS:
@@ -283,6 +299,7 @@ class IntegerLinear:
         ends = pairwise(accumulate(widths, initial=0))
         self._products = [product(linear, slice(start, stop), start == 0) for start, stop in ends]
         self._requantizer = Requantizer(name, linear, linear.accumulator_scale, linear.accumulator_bits)
+        self._relu = RequantizedReLU(*relu) if relu else None
 
     def sums_of(self, position: int, q: Tensor, params: QuantParams | None = None) -> Tensor:
         """What one input, (N, K) whole numbers in float32, adds to the sums: (N, M) in float32 or int32, always alike.
@@ -294,8 +311,9 @@ class IntegerLinear:
         return self._products[position](q)
 
     def output(self, sums: Tensor) -> Tensor:
-        """The layer's integers of its sums, (N, M) in int32 or float32; float32 is overwritten."""
-        return self._requantizer(sums)
+        """The layer's integers, or its ReLU's, of its sums, (N, M) in int32 or float32; float32 is overwritten."""
+        q = self._requantizer(sums)
+        return self._relu(q) if self._relu else q
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The layer's integers, (N, M) whole numbers in float32, of its inputs' (N, K) each; they are overwritten."""

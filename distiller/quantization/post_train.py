@@ -80,6 +80,8 @@ class PostTrainLinearQuantizer:
             into the Linear's weight.
         embedding_bits: 4 or 8: embedding tables of so many bits, with a scale for every row, in place of one of
             ``bits_parameters`` with one scale for all.
+        fuse_relu: Let a layer whose output feeds one ReLU apply it to its accumulator, and cut outputs' ranges to what
+            their one consumer keeps. False: every module has the range that the statistics give it.
 
     Raises:
         InputError: an argument out of its range.
@@ -102,6 +104,7 @@ class PostTrainLinearQuantizer:
         save_fp_weights: bool = False,
         scaled_concat: bool = False,
         embedding_bits: int | None = None,
+        fuse_relu: bool = True,
     ):
         _check_range("--qe-bits-accum (bits_accum)", bits_accum, 1, 32)
         if scale_approx_mult_bits is not None:
@@ -109,6 +112,7 @@ class PostTrainLinearQuantizer:
         for flag, value in (
             ("--qe-per-channel (per_channel_wts)", per_channel_wts),
             ("--qe-scaled-concat (scaled_concat)", scaled_concat),
+            ("fuse_relu", fuse_relu),
         ):
             if not isinstance(value, bool):
                 raise InputError(f"{flag}: {value!r} is neither true nor false")
@@ -134,6 +138,7 @@ class PostTrainLinearQuantizer:
         self.save_fp_weights = save_fp_weights
         self.scaled_concat = scaled_concat
         self.embedding_bits = embedding_bits
+        self.fuse_relu = fuse_relu
 
     @classmethod
     def from_args(cls, model: nn.Module, args: Namespace) -> PostTrainLinearQuantizer:
@@ -228,7 +233,7 @@ class PostTrainLinearQuantizer:
         self._check_ranges()
         self.widths = output_widths(self.graph, self.modules)
         self.by_row: set[str] = set()  # modules whose outputs carry parameters of their own for every row
-        self.fused = self._fuse_and_clip()
+        self.fused = self._fuse_and_clip() if self.fuse_relu else set()
         carried: dict[str | None, QuantParams | None] = {}
         for name, call in self.graph.items():
             replacement = self._quantized(name, call, carried)

@@ -35,6 +35,7 @@ def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
             "save_fp_weights": quantizer.save_fp_weights,
             "scaled_concat": quantizer.scaled_concat,
             "embedding_bits": quantizer.embedding_bits,
+            "fuse_relu": quantizer.fuse_relu,
         },
     }
 

@@ -61,13 +61,18 @@ class TrackedRange(nn.Module):
             self.batches += 1
         elif not self.batches:
             return x
+        low, high = self.bounds()
+        clamped = torch.clamp(x, low, high)
+        return straight_through(clamped, params_of_range(low, high, self.bits, self.mode))
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """The range as it stands, (1,) float32 each; NaN before the first batch."""
         correction = 1 - self.decay ** self.batches.double()
         low, high = (bound / correction.float() for bound in (self.low, self.high))
         if self.mode.symmetric:
             high = torch.maximum(low.abs(), high.abs())
             low = -high
-        clamped = torch.clamp(x, low, high)
-        return straight_through(clamped, params_of_range(low, high, self.bits, self.mode))
+        return low, high
 
 
 class RoundedLinear(nn.Linear):
@@ -86,15 +91,18 @@ class RoundedLinear(nn.Linear):
         self.range = output
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight = self.weight
         if self.weights:
             weight = straight_through(weight, by_row(self.weights.params(weight)))
-        if bias is not None and self.bits_bias:
-            reach = bias.detach().abs().max().reshape(1)
-            bias = straight_through(
-                bias, params_of_range(-reach, reach, self.bits_bias, LinearQuantMode.SYMMETRIC)
-            )
-        return self.range(F.linear(x, weight, bias))
+        return self.range(F.linear(x, weight, self.rounded_bias()))
+
+    def rounded_bias(self) -> Tensor | None:
+        """(M,) the bias as it is computed with."""
+        if self.bias is None or not self.bits_bias:
+            return self.bias
+        reach = self.bias.detach().abs().max().reshape(1)
+        params = params_of_range(-reach, reach, self.bits_bias, LinearQuantMode.SYMMETRIC)
+        return straight_through(self.bias, params)
 
 
 class RoundedEmbedding(nn.Module):
