@@ -41,16 +41,17 @@ TABLES = ("mf_user_embed", "mf_item_embed", "mlp_user_embed", "mlp_item_embed")
 class IntegerNeuMF:
     """Scores items for users on 8-bit integers with 32-bit sums.
 
-    The layers after the last ReLU and after the product of embeddings may be left in float, or have any other settings:
-    then they run as they are in the model.
+    What is not multiplied for every pair may have up to 16 bits: the first layer's inputs, the product of embeddings
+    and the last ReLU's output. The layers after these two may also be left in float, or have any other settings: then
+    they run as they are in the model.
 
     Args:
         model: Prepared by ``PostTrainLinearQuantizer``, with ranges from statistics.
         compiled: Compute with ``torch.compile``, for as many users and items as the first call has.
 
     Raises:
-        NotIntegerError: a layer up to there is left in float, finds its ranges on every batch or has more than 8 bits;
-            or sums may pass 32 bits, or ranges what float32 holds.
+        NotIntegerError: a layer up to there is left in float, finds its ranges on every batch or has more bits; or sums
+            may pass 32 bits, or ranges what float32 holds.
     """
 
     @torch.no_grad()
@@ -61,7 +62,7 @@ class IntegerNeuMF:
         rescalers = rescalers_of("mlp_concat", model.mlp_concat, [users, items])
         item_integers = model.mlp_item_embed.integers().float()
         self._first = IntegerLinear(
-            "mlp.0", model.mlp[0], [item_integers.shape[1]] * 2, rescalers, own_relu(model, 0)
+            "mlp.0", model.mlp[0], [item_integers.shape[1]] * 2, rescalers, own_relu(model, 0), wide=True
         )
         self._item_sums = self._first.sums_of(1, item_integers, items)  # (I, L_1)
         self._later = [

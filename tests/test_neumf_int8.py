@@ -141,6 +141,21 @@ def test_last_layers_in_float(split, left):
     assert_equal_scores(found)
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [9, 12, 16])
+def test_more_bits_where_nothing_is_multiplied_for_every_pair(split, mode, bits):
+    """The first layer's inputs, and what the last layers in float read."""
+    model = small_model(28, split, users=8, items=20, mf_dim=16, layers=(64, 24, 16), gain=0.4)
+    wide = {"bits_activations": bits}
+    overrides = dict.fromkeys(["mlp_concat", "mf_mult", "mlp.1"], wide)
+    overrides |= dict.fromkeys(["final.*", "sigmoid"], FLOAT)
+    arguments = {"mode": mode, "overrides": overrides, "scaled_concat": True, "embedding_bits": 8}
+    prepared = quantized(model, model_statistics(model), **arguments)
+    assert prepared.mlp_concat.fixed_output.q_max >= 1 << 8 - 1
+    assert_equal_scores(prepared)
+
+
 def test_float_tail_breaks_ties():
     """What the last accumulator tells apart, 256 levels cannot."""
     model = small_model(8, users=20, items=60, mf_dim=16, layers=(32, 24, 16), gain=0.4)
@@ -287,14 +302,18 @@ def test_models_of_real_data(ncf, convert, tmp_path, file, users):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits_activations": 9}, "layer m.* has more than 8 bits"),
+        ({"bits_activations": 9}, "layer mlp.1 has more than 8 bits"),
+        ({"overrides": {"mlp.0": {"bits_activations": 12}}}, "layer mlp.1 has more than 8 bits"),
+        (
+            {"overrides": {"mf_mult": {"bits_activations": 12}}, "scaled_concat": True},
+            "layer final .* 8 bits",
+        ),
         ({"bits_parameters": 9}, "layer m.* has more than 8 bits"),
         ({"bits_activations": 0}, "layer mf_mult is left in float"),
         ({"bits_parameters": 0}, "layer mf_user_embed is left in float"),
         ({"overrides": {"mlp.1": FLOAT}}, "layer mlp.1 is left in float"),
         ({"overrides": {"mf_mult": FLOAT}}, "layer mf_mult is left in float"),
         ({"overrides": {"mlp_item_embed": FLOAT}}, "layer mlp_item_embed is left in float"),
-        ({"overrides": {"mlp_concat": {"bits_activations": 16}}}, "layer mlp.* has more than 8 bits"),
         ({"overrides": {"final": {"bits_weights": 12}}}, "layer final has more than 8 bits"),
     ],
 )

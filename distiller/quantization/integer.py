@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..hardware import cpu_has
 from .linear import QuantParams, approximate_scale, dequantize, quantize
+from .settings import MAX_BITS
 from .wrappers import (
     ACCUMULATOR_BITS,
     EXACT_IN_FLOAT32,
@@ -27,8 +28,8 @@ from .wrappers import (
     saturate,
 )
 
-LEVELS = 1 << 8  # of an 8-bit integer
-SCALES_AT_ONCE = 1 << 14  # 16 MB for the levels of each
+BITS = 8  # of what is multiplied for every pair
+SCALES_AT_ONCE = 1 << 14  # 16 MB for 256 levels of each
 # torch._int_mm on CUDA wants more than 16 rows, and K and M in eights. AMX works in sixteens: on two cores 4000 x 256
 # took 0.159 ms by 136 columns, 0.133 by 144 and 0.126 by 128 (2026-11-23).
 MIN_ROWS, MULTIPLE = 17, 16
@@ -42,13 +43,13 @@ class NotIntegerError(ValueError):
     """What 8-bit integers and 32-bit sums cannot compute; the message says why."""
 
 
-def require_levels(name: str, params: QuantParams) -> None:
-    """Raise a ``NotIntegerError`` unless these are 8 bits or fewer, all told apart in float32.
+def require_levels(name: str, params: QuantParams, bits: int = MAX_BITS) -> None:
+    """Raise a ``NotIntegerError`` unless these are so many bits or fewer, all told apart in float32.
 
     The wrappers hand on floats and quantize them again. That changes nothing wherever this does not raise.
     """
-    if params.q_max - params.q_min >= LEVELS:
-        raise NotIntegerError(f"layer {name} has more than 8 bits")
+    if params.q_max - params.q_min >= 1 << bits:
+        raise NotIntegerError(f"layer {name} has more than {bits} bits")
     q = torch.arange(params.q_min, params.q_max + 1, dtype=torch.float32, device=params.scale.device)
     columns = zip(
         *(x.reshape(-1, 1).split(SCALES_AT_ONCE) for x in (params.scale, params.zero_point)), strict=True
@@ -56,7 +57,7 @@ def require_levels(name: str, params: QuantParams) -> None:
     for scale, zero_point in columns:
         some = QuantParams(scale, zero_point, params.q_min, params.q_max)
         if not (quantize(dequantize(q, some), some) == q).all():
-            raise NotIntegerError(f"layer {name} has a range that float32 does not tell 8 bits apart in")
+            raise NotIntegerError(f"layer {name} has a range that float32 does not tell its levels apart in")
 
 
 def code_shift(q_min: int) -> int:
@@ -136,6 +137,27 @@ class IntegerProduct:
         if self._row_offset is not None:
             sums.addcmul_(q.sum(1, keepdim=True).to(self._term_dtype), self._row_offset)
         return sums.to(self._dtype)
+
+
+class WideProduct:
+    """What some of a quantized linear layer's input features add to its sums, at any bits, where these fit 32 bits.
+
+    In float64, which takes long: for what is computed once and not for every pair.
+
+    Args:
+        linear: The layer.
+        columns: Its input features.
+        bias: Add the layer's bias.
+    """
+
+    def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool):
+        self._zero_point = zero_point_of(linear.fixed_input(0), columns)
+        self._weight = linear.operand[:, columns].double()
+        self._bias = linear.bias.double() if bias and linear.bias is not None else None
+
+    def __call__(self, q: Tensor) -> Tensor:
+        """(N, M) int32 of (N, K) whole numbers in float32."""
+        return F.linear(q.double() + self._zero_point, self._weight, self._bias).to(torch.int32)
 
 
 class SingleOutput:
@@ -269,6 +291,7 @@ class IntegerLinear:
         widths: Input features of each of the inputs.
         rescalers: Of each of the inputs, where what puts them side by side brings them to a scale in common.
         relu: What reads the layer's output, and its name, where the layer does not apply it itself.
+        wide: Its inputs may have more than 8 bits: it is not computed for every pair.
 
     Raises:
         NotIntegerError: more than 8 bits, sums that 32 bits may not hold, or ranges or factors between scales that
@@ -282,17 +305,22 @@ class IntegerLinear:
         widths: Sequence[int],
         rescalers: Sequence[Rescaler] | None = None,
         relu: tuple[str, FakeQuantized] | None = None,
+        wide: bool = False,
     ):
-        low, high = linear.weight_range
-        if high - low >= LEVELS:
-            raise NotIntegerError(f"layer {name} has more than 8 bits")
-        require_levels(name, linear.fixed_input(0))
+        (low, high), inputs = linear.weight_range, linear.fixed_input(0)
+        if high - low >= 1 << BITS:
+            raise NotIntegerError(f"layer {name} has more than {BITS} bits")
+        require_levels(name, inputs, MAX_BITS if wide else BITS)
+        wide = inputs.q_max - inputs.q_min >= 1 << BITS
         largest_bias = 0 if linear.bias is None else linear.bias.abs().max().item()
-        if not sum(widths) * LARGEST_TERM + largest_bias < LARGEST_SUM:
+        largest = linear.largest_sum if wide else sum(widths) * LARGEST_TERM + largest_bias
+        if not largest < LARGEST_SUM:
             raise NotIntegerError(f"layer {name} has sums that 32 bits may not hold")
         self._rescalers = rescalers
         exact = linear.exact_dtype is torch.float32
-        if exact and len(linear.weight) == 1:
+        if wide:
+            product = WideProduct
+        elif exact and len(linear.weight) == 1:
             product = SingleOutput
         else:
             product = partial(IntegerProduct, dtype=torch.float32 if exact else torch.int32)

@@ -360,8 +360,8 @@ class QuantizedLinear(AccumulatingModule):
         """What holds every partial sum of a product, and the bias, without error."""
         x = self.fixed_input(0)
         largest_bias = 0 if self.bias is None else self.bias.abs().max().item()
-        largest = operand.double().abs().sum(1).max().item() * (x.q_max - x.q_min + 1) + largest_bias
-        return torch.float32 if largest < EXACT_IN_FLOAT32 else torch.float64
+        self.largest_sum = operand.double().abs().sum(1).max().item() * (x.q_max - x.q_min + 1) + largest_bias
+        return torch.float32 if self.largest_sum < EXACT_IN_FLOAT32 else torch.float64
 
     def all_params(self) -> dict[str, QuantParams]:
         weight = QuantParams(self.w_scale, self.w_zero_point, *self.weight_range)
