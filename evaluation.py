@@ -52,6 +52,11 @@ def users_per_block(split: Split, device: torch.device | str = "cpu") -> int:
     return max(1, PAIRS_PER_BLOCK[torch.device(device).type] // split.nb_candidates)
 
 
+def first_users(split: Split, share: float) -> int:
+    """How many users are a share of them, at least one; those are the first."""
+    return max(1, round(share * split.nb_users))
+
+
 def candidate_items(split: Split, start: int, stop: int) -> Tensor:
     """(B, C) int64: the negatives in file order, then the test item, of users ``start`` .. ``stop - 1``."""
     items = torch.empty(stop - start, split.nb_candidates, dtype=torch.int64)
@@ -141,6 +146,7 @@ def rank_test_items(
     k: int = 10,
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
+    nb_users: int | None = None,
 ) -> Tensor:
     """Rank every user's test item among her candidates, under a progress bar with the metrics so far.
 
@@ -151,6 +157,7 @@ def rank_test_items(
         device: The scorer's.
         processes: That share the users. Each returns the ranks of all of them; the bar is the first one's, and
             has its own users' alone.
+        nb_users: U, the first so many; all of them by default.
 
     Returns:
         (U,) int64 on the CPU, 0 for the first place.
@@ -159,8 +166,9 @@ def rank_test_items(
         InputError: a score is not finite.
     """
     processes = processes or Processes()
-    users = processes.share(split.nb_users)
-    ranks = torch.zeros(split.nb_users, dtype=torch.int64, device=device)
+    nb_users = nb_users or split.nb_users
+    users = processes.share(nb_users)
+    ranks = torch.zeros(nb_users, dtype=torch.int64, device=device)
     done = users.start
     bar = tqdm(total=len(users), desc="Evaluate", unit="user", mininterval=0.5, disable=not processes.first)
     with bar:
@@ -181,6 +189,7 @@ def evaluate(
     k: int = 10,
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
+    nb_users: int | None = None,
 ) -> Metrics:
     """HR@k and NDCG@k over all users; arguments and errors are those of ``rank_test_items``."""
-    return metrics_of_ranks(rank_test_items(scorer, split, k, device, processes), k)
+    return metrics_of_ranks(rank_test_items(scorer, split, k, device, processes, nb_users), k)

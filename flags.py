@@ -125,13 +125,22 @@ def add_evaluation_flags(add: AddArgument) -> None:
         metavar="PORTION",
         help="histograms of activations on this share of the data: TensorBoard and pictures; no training",
     )
+    add(
+        "--qe-report",
+        type=portion,
+        nargs="?",
+        const=0.1,
+        metavar="PORTION",
+        help="with --quantize-eval: what every tensor and every layer loses, on this share of the data (0.1 where none "
+        "is given): a table, a CSV file and pictures",
+    )
     add("--qe-stats-out", metavar="PATH", help="where else --qe-calibration writes its statistics")
     add(
         "--calibrate-on",
         choices=["test", "train"],
         default="test",
-        help="calibrate on the first test users' candidates, or on training pairs, so that nothing of the test set "
-        "is used (default: %(default)s)",
+        help="calibrate, or compare tensors, on the first test users' candidates, or on training pairs, so that "
+        "nothing of the test set is used (default: %(default)s)",
     )
 
 
@@ -284,5 +293,7 @@ def check_quantization(args: Namespace) -> None:
             raise InputError("--qe-stats-out needs --qe-calibration")
         if not Path(args.qe_stats_out).parent.is_dir() or Path(args.qe_stats_out).is_dir():
             raise InputError(f"--qe-stats-out: {args.qe_stats_out} is not a file in a directory")
-    if "calibrate_on" in args.given and not (args.qe_calibration or args.activation_histograms):
-        raise InputError("--calibrate-on needs --qe-calibration or --activation-histograms")
+    if "calibrate_on" in args.given and not (
+        args.qe_calibration or args.activation_histograms or args.qe_report
+    ):
+        raise InputError("--calibrate-on needs --qe-calibration, --activation-histograms or --qe-report")

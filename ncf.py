@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 import neumf
+import pictures
 import recording
+import report
 from dataset import Split, load_split
 from distiller.calibration import STATS_FILE, TestFunction, collect_quant_stats
 from distiller.checkpoint import load_checkpoint, save_checkpoint
@@ -29,7 +31,7 @@ from distiller.quantization.saved import content_of
 from distiller.quantization.statistics import foreign_statistics, save_statistics
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule
-from evaluation import metrics_of_ranks, rank_test_items, score_all
+from evaluation import first_users, metrics_of_ranks, rank_test_items, score_all
 from flags import PROG, lacks_source, parse_args
 from loading import dummy_input, load_model, load_quantized, quantizer_as_trained, restore_rounding
 from neumf import NeuMF
@@ -301,8 +303,7 @@ def calibration_pass(args: Namespace, split: Split, device: torch.device, share:
                 f"--calibrate-on train: fewer training pairs than one batch of {batches.batch_size}"
             )
         return partial(score_training_pairs, batches=batches, share=share)
-    nb_users = max(1, round(share * split.nb_users))
-    return partial(score_all, split=split, nb_users=nb_users, device=device)
+    return partial(score_all, split=split, nb_users=first_users(split, share), device=device)
 
 
 def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
@@ -401,11 +402,14 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
     """Evaluate in FP32, in half precision, or quantized; a model that is quantized here is kept."""
     checkpoint = load_checkpoint(args.load)
     quantizer = None
+    if args.qe_report and not recording.has_matplotlib():
+        log.warning("--qe-report without pictures, which matplotlib draws: pip install matplotlib")
     if "quantizer" in checkpoint:
         quantizer = load_quantized(args, checkpoint, split, device)
     else:
         model = load_model(args, args.load, checkpoint, split)
         if args.quantize_eval:
+            original = copy.deepcopy(model) if args.qe_report else None
             quantizer = quantize(args, model, checkpoint, device)
     if quantizer:
         scorer = quantized_scorer(args, quantizer, split, device)
@@ -417,12 +421,35 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
             quantizer.save(directory)
             if args.quantize_eval:
                 save_quantized(args, quantizer, split, directory)
+                recording.clear_report(directory)
     start = time.perf_counter()
     ranks = rank_test_items(scorer, split, args.topk, device, processes)
     val_time = time.perf_counter() - start
     if processes.first:
         recording.write_ranks(directory, ranks)
     log.info("Initial %s, val_time = %.2f", metrics_of_ranks(ranks, args.topk), val_time)
+    if args.qe_report:
+        report_losses(args, original.to(device), quantizer, split, device, directory)
+
+
+def report_losses(
+    args: Namespace,
+    original: NeuMF,
+    quantizer: PostTrainLinearQuantizer,
+    split: Split,
+    device: torch.device,
+    directory: Path,
+) -> None:
+    """Say where quantization loses accuracy: on the screen, as a CSV file and, where matplotlib is, as pictures."""
+    test_fn = calibration_pass(args, split, device, args.qe_report)
+    nb_users = first_users(split, args.qe_report)
+    losses = report.measure_losses(original, quantizer, test_fn, split, nb_users, args.topk, device)
+    log.info("%s", report.table(losses))
+    report.write_csv(losses, directory / recording.REPORT)
+    if recording.has_matplotlib():
+        pictures.draw_ranges(losses, directory / recording.RANGES)
+        pictures.draw_errors(losses, directory / recording.ERRORS)
+    log.info("Report written to %s", directory)
 
 
 def save_quantized(
@@ -473,6 +500,7 @@ def check_processes(args: Namespace, processes: Processes) -> None:
     for flag, given in (
         ("--qe-calibration", args.qe_calibration),
         ("--act-hist", args.activation_histograms),
+        ("--qe-report", args.qe_report),
     ):
         if given:
             raise InputError(f"{flag}: torchrun's processes share training and evaluation, not this")

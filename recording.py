@@ -27,6 +27,7 @@ from distiller.quantization.statistics import Statistics
 
 CHECKPOINT, BEST, QUANTIZED = "checkpoint.pth.tar", "best.pth.tar", "quantized.pth.tar"
 CONFIG, RESULTS, LOG, RANKS = "config.json", "valid_results.csv", "ncf.log", "ranks.npy"
+REPORT, RANGES, ERRORS = "quant_report.csv", "quant_ranges.png", "quant_errors.png"
 
 PICTURES = "histograms"
 RUNS = Path("run/neumf")
@@ -117,7 +118,7 @@ def holds_run(directory: Path) -> bool:
 
 def clear_run(directory: Path) -> None:
     """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
-    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE, RANKS)
+    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE, RANKS, REPORT, RANGES, ERRORS)
     for pattern in (
         *(CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"),
         *evaluation,
@@ -126,9 +127,20 @@ def clear_run(directory: Path) -> None:
             path.unlink()
 
 
+def clear_report(directory: Path) -> None:
+    """Remove the report of an evaluation before, with other settings."""
+    for name in (REPORT, RANGES, ERRORS):
+        (directory / name).unlink(missing_ok=True)
+
+
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def require_matplotlib(flag: str) -> None:
     """Raise an ``InputError`` where there is no matplotlib to draw ``flag``'s pictures with."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise InputError(f"{flag} draws pictures with matplotlib: pip install matplotlib")
 
 

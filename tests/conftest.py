@@ -147,6 +147,24 @@ def stats_file(split_dir: Path, checkpoint: Path, tmp_path_factory: pytest.TempP
     return path
 
 
+@pytest.fixture
+def quantize_eval(ncf: Script, split_dir: Path, checkpoint: Path, tmp_path: Path) -> Script:
+    """ncf.py evaluating quantized with ``flags`` into the directory ``out``, on statistics as they ask for."""
+
+    def call(flags: list, out: object, *more: object) -> Outcome:
+        split_final = [flag for flag in flags if flag == "--split-final"]
+        command = [split_dir, "--load", checkpoint, "--quantize-eval", *flags, "-o", out, *more]
+        if "--qe-dynamic" not in flags:
+            stats = tmp_path / f"stats{len(split_final)}.yaml"
+            if not stats.exists():
+                calibrate = ["--qe-calibration", 1, "--qe-stats-out", stats, *split_final]
+                assert ncf(split_dir, "--load", checkpoint, *calibrate, "-o", "calibration").code == 0
+            command += ["--qe-stats-file", stats]
+        return ncf(*command)
+
+    return call
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file below a directory, hidden ones too, with its bytes."""
     paths = (path for path in directory.rglob("*") if path.is_file())

@@ -180,6 +180,10 @@ def test_flag_out_of_range_is_named(refused, split_dir, tmp_path, flags, name):
         (["--qe-calibration", "some"], "--qe-calibration"),
         (["--act-hist", "0"], "--act-hist"),
         (["--act-hist", "2"], "--act-hist"),
+        (["--quantize-eval", "--qe-dynamic", "--qe-report", "0"], "--qe-report"),
+        (["--quantize-eval", "--qe-dynamic", "--qe-report", "1.5"], "--qe-report"),
+        (["--evaluate", "--qe-report"], "--qe-report"),
+        (["--evaluate", "--calibrate-on", "train"], "--qe-report"),
         (["--evaluate", "-k", "42"], "--topk"),
         (["--evaluate", "-f", "5"], "--factors"),
         (["--evaluate", "--layers", "8", "6"], "--layers"),
@@ -754,6 +758,7 @@ OTHERS = [
     *("--eval-fp16", "--resume", "--overwrite", "--max-steps", "--qe-stats-out", "--calibrate-on"),
     *("--qe-bits-accum", "--qe-clip-n-stds", "--qe-save-fp-weights", "--qe-stats-file", "--qe-dynamic"),
     *("--qe-calibration", "--qe-config-file", "--qe-engine", "--qe-scaled-concat", "--qe-embedding-bits"),
+    "--qe-report",
 ]
 
 
@@ -852,24 +857,6 @@ NOT_INTEGERS = [
     (["--qeba", "0"], "layer mf_mult"),
     (["--qe-dynamic"], "every batch"),
 ]
-
-
-@pytest.fixture
-def quantize_eval(ncf, split_dir, checkpoint, tmp_path):
-    """ncf.py evaluating quantized with ``flags`` into the directory ``out``, on statistics as they ask for."""
-
-    def call(flags, out, *more):
-        split_final = [flag for flag in flags if flag == "--split-final"]
-        command = [split_dir, "--load", checkpoint, "--quantize-eval", *flags, "-o", out, *more]
-        if "--qe-dynamic" not in flags:
-            stats = tmp_path / f"stats{len(split_final)}.yaml"
-            if not stats.exists():
-                calibrate = ["--qe-calibration", 1, "--qe-stats-out", stats, *split_final]
-                assert ncf(split_dir, "--load", checkpoint, *calibrate, "-o", "calibration").code == 0
-            command += ["--qe-stats-file", stats]
-        return ncf(*command)
-
-    return call
 
 
 @pytest.mark.parametrize("flags", INTEGERS)
@@ -1016,6 +1003,7 @@ def test_quantized_model_says_where_it_is_from(quantize_eval, checkpoint, split_
         (["--evaluate", "--qem", "sym"], "--qe-mode"),
         (["--qe-calibration", "0.5"], "--load"),
         (["--act-hist", "0.5"], "--"),
+        (["--quantize-eval", "--qe-dynamic", "--qe-report"], "--quantize-eval"),
         ([], "--load"),
     ],
 )

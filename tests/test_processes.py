@@ -208,6 +208,7 @@ def test_torchrun_resumes_and_evaluates_what_one_process_began(ncf, split_dir, r
     [
         (["-b", "1"], "-b/--batch-size: 1 samples for 2 processes"),
         (["--load", "{checkpoint}", "--qe-calibration", "1"], "--qe-calibration: "),
+        (["--load", "{checkpoint}", "--quantize-eval", "--qe-dynamic", "--qe-report"], "--qe-report: "),
         (["--gpus", "0"], "--gpus: "),
     ],
 )

@@ -22,7 +22,7 @@ from ..modules import Concat, EltwiseAdd, EltwiseMult
 from .arguments import EMBEDDING_BITS, changed_flags
 from .clipping import ClipMode, required_statistics
 from .linear import LinearQuantMode, QuantParams, params_of_range
-from .settings import Request, choice, modes, requests_by_layer
+from .settings import Request, changes_of, choice, modes, requests_by_layer
 from .statistics import (
     Statistics,
     check_statistics,
@@ -55,6 +55,7 @@ STATS_FILE, PARAMS_FILE = "quant_stats_after_prepare_model.yaml", "layer_quant_p
 # They hand on the tensor they get, and with it what it carries.
 PASS_THROUGH = (nn.Identity, nn.Dropout)
 ELEMENTWISE = (Concat, EltwiseAdd, EltwiseMult)
+IN_FLOAT = {"bits_activations": None, "bits_weights": None}  # changes that leave a layer alone
 
 
 class PostTrainLinearQuantizer:
@@ -135,6 +136,7 @@ class PostTrainLinearQuantizer:
         elif model_activation_stats is not None:
             check_statistics(model_activation_stats, "model_activation_stats")
         self.statistics: Statistics | None = model_activation_stats
+        self._calibrated = self.statistics  # as they were before ``prepare_model`` cuts them
         self.save_fp_weights = save_fp_weights
         self.scaled_concat = scaled_concat
         self.embedding_bits = embedding_bits
@@ -152,11 +154,7 @@ class PostTrainLinearQuantizer:
         names = leaf_modules(model)
         overrides = {}
         for flag, layers, changes in (
-            (
-                "--qe-no-quant-layers",
-                args.qe_no_quant_layers,
-                {"bits_activations": None, "bits_weights": None},
-            ),
+            ("--qe-no-quant-layers", args.qe_no_quant_layers, IN_FLOAT),
             ("--qe-no-clip-layers", args.qe_no_clip_layers, {"clip_acts": ClipMode.NONE}),
         ):
             for layer in layers:
@@ -208,6 +206,36 @@ class PostTrainLinearQuantizer:
             )
         except TypeError as error:
             raise InputError(f"--qe-config-file: {path}: {error}") from error
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, but for the model and the statistics."""
+        request = self.default
+        return {
+            "bits_activations": request.bits_activations,
+            "bits_parameters": request.bits_weights,
+            "bits_accum": request.bits_accum,
+            "overrides": self.overrides,
+            "mode": {"activations": request.mode_activations, "weights": request.mode_weights},
+            "clip_acts": request.clip_acts,
+            "per_channel_wts": request.per_channel_wts,
+            "clip_n_stds": request.clip_n_stds,
+            "scale_approx_mult_bits": request.scale_approx_mult_bits,
+            "save_fp_weights": self.save_fp_weights,
+            "scaled_concat": self.scaled_concat,
+            "embedding_bits": self.embedding_bits,
+            "fuse_relu": self.fuse_relu,
+        }
+
+    def of_one_layer(self, model: nn.Module, layer: str) -> PostTrainLinearQuantizer:
+        """What quantizes one layer as this quantizer does, on its statistics, and leaves all others in float.
+
+        Args:
+            model: In float, of the same structure.
+            layer: Its name.
+        """
+        overrides = {re.escape(layer): changes_of(layer, self.overrides), ".*": IN_FLOAT}
+        arguments = self.arguments() | {"overrides": overrides}
+        return type(self)(model, model_activation_stats=self._calibrated, **arguments)
 
     def prepare_model(self, dummy_input: Any) -> None:
         """Replace the model's modules by quantized ones. A forward changes nothing afterwards.

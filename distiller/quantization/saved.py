@@ -18,25 +18,10 @@ from .wrappers import QuantizedTable
 
 def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
     """What ``restore`` makes a prepared model of: tensors, texts and numbers."""
-    request = quantizer.default
     return {
         "state_dict": quantizer.model.state_dict(),
         "statistics": _without_histograms(quantizer.statistics),
-        "quantizer": {
-            "bits_activations": request.bits_activations,
-            "bits_parameters": request.bits_weights,
-            "bits_accum": request.bits_accum,
-            "overrides": _plain(quantizer.overrides),
-            "mode": _plain({"activations": request.mode_activations, "weights": request.mode_weights}),
-            "clip_acts": _plain(request.clip_acts),
-            "per_channel_wts": request.per_channel_wts,
-            "clip_n_stds": request.clip_n_stds,
-            "scale_approx_mult_bits": request.scale_approx_mult_bits,
-            "save_fp_weights": quantizer.save_fp_weights,
-            "scaled_concat": quantizer.scaled_concat,
-            "embedding_bits": quantizer.embedding_bits,
-            "fuse_relu": quantizer.fuse_relu,
-        },
+        "quantizer": _plain(quantizer.arguments()),
     }
 
 

@@ -158,11 +158,12 @@ def requests_by_layer(
         if not any(patterns[pattern].fullmatch(layer) for layer in layers):
             raise InputError(f"overrides: {pattern} matches no layer of {', '.join(layers)}")
 
-    def request(layer: str) -> Request:
-        matching = (changes for p, changes in overrides.items() if patterns[p].fullmatch(layer))
-        return default.override(next(matching, {}))
+    return {layer: default.override(changes_of(layer, overrides)) for layer in layers}
 
-    return {layer: request(layer) for layer in layers}
+
+def changes_of(layer: str, overrides: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What the first override whose pattern is the layer's name changes; nothing where there is none."""
+    return next((changes for pattern, changes in overrides.items() if re.fullmatch(pattern, layer)), {})
 
 
 def _compile(pattern: object) -> re.Pattern:
