@@ -13,6 +13,7 @@ from typing import Any
 import neumf
 import recording
 from distiller.cli import ArgumentParser, InputError
+from distiller.files import read_yaml
 from distiller.quantization import add_post_train_quant_args
 from distiller.quantization.arguments import portion
 from step import PRECISIONS
@@ -134,6 +135,19 @@ def add_evaluation_flags(add: AddArgument) -> None:
         help="with --quantize-eval: what every tensor and every layer loses, on this share of the data (0.1 where none "
         "is given): a table, a CSV file and pictures",
     )
+    add(
+        "--qe-auto",
+        action="store_true",
+        help="choose the cheapest quantization within --qe-max-loss by a fifth of the users, report it on the others, "
+        "and write it as a --qe-config-file",
+    )
+    add(
+        "--qe-max-loss",
+        type=float,
+        default=0.05,
+        metavar="POINTS",
+        help="of HR@K and of NDCG@K that --qe-auto may lose, in hundredths (default: %(default)s)",
+    )
     add("--qe-stats-out", metavar="PATH", help="where else --qe-calibration writes its statistics")
     add(
         "--calibrate-on",
@@ -186,9 +200,20 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             if name in vars(args) and name not in args.given | OF_EACH_START:
                 setattr(args, name, value)
     check_args(args)
+    if args.qe_config_file:
+        args.split_final |= asks_for_split(args.qe_config_file)
     if args.seed is None:
         args.seed = secrets.randbelow(1 << 32)
     return args
+
+
+def asks_for_split(path: str) -> bool:
+    """Whether a ``--qe-config-file`` is for a split final layer: ``split_final``, beside its quantizer."""
+    content = read_yaml(path, "--qe-config-file")
+    value = content.get("split_final", False) if isinstance(content, dict) else False
+    if not isinstance(value, bool):
+        raise InputError(f"--qe-config-file: {path}: split_final: {value!r} is neither true nor false")
+    return value
 
 
 def read_config(args: Namespace) -> dict[str, Any]:
@@ -217,6 +242,7 @@ def check_args(args: Namespace) -> None:
         ("--max-steps", args.max_steps, 1, MAX_SIZE),
         ("--log-freq", args.log_freq, 1, MAX_SIZE),
         ("-s/--seed", args.seed, 0, (1 << 63) - 1),
+        ("--qe-max-loss", args.qe_max_loss, 0, 100),
     ):
         if value is not None and not least <= value <= greatest:
             raise InputError(f"{flag} must be from {least} to {greatest}, not {value}")
@@ -234,6 +260,7 @@ def check_combination(args: Namespace) -> None:
     modes = {
         "--qe-calibration": args.qe_calibration,
         "--activation-histograms": args.activation_histograms,
+        "--qe-auto": args.qe_auto,
         "--quantize-eval"
         if args.quantize_eval
         else "--eval-fp16"
@@ -268,6 +295,7 @@ def check_combination(args: Namespace) -> None:
         ("--eval-fp16", args.eval_fp16),
         ("--qe-calibration", args.qe_calibration),
         ("--activation-histograms", args.activation_histograms),
+        ("--qe-auto", args.qe_auto),
     ):
         if given and "precision" in args.given:
             raise InputError(f"--precision and {flag} exclude each other")
@@ -284,10 +312,14 @@ def check_quantization(args: Namespace) -> None:
     if args.qe_convert_pytorch and "qe_engine" in args.given and args.qe_engine != "integer":
         raise InputError(f"--qe-convert-pytorch asks for integers, --qe-engine for {args.qe_engine}")
     engine = {"qe_engine", "qe_convert_pytorch"} if args.evaluate else set()  # of a quantized model
-    beside = {"qe_stats_out", "qe_calibration"} | engine
+    beside = {"qe_stats_out", "qe_calibration", "qe_auto", "qe_max_loss"} | engine
     alone = sorted(name for name in args.given - beside if name.startswith("qe_"))
     if alone and not args.quantize_eval:
         raise InputError(f"--{alone[0].replace('_', '-')} needs --quantize-eval")
+    if "qe_max_loss" in args.given and not args.qe_auto:
+        raise InputError("--qe-max-loss needs --qe-auto")
+    if args.qe_auto and "split_final" in args.given:
+        raise InputError("--split-final: --qe-auto chooses whether to split the final layer")
     if args.qe_stats_out:
         if not args.qe_calibration:
             raise InputError("--qe-stats-out needs --qe-calibration")

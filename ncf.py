@@ -20,6 +20,7 @@ import neumf
 import pictures
 import recording
 import report
+from choosing import Chooser, Setting, calibration_lists, nb_calibration_users, scorer_of
 from dataset import Split, load_split
 from distiller.calibration import STATS_FILE, TestFunction, collect_quant_stats
 from distiller.checkpoint import load_checkpoint, save_checkpoint
@@ -27,7 +28,7 @@ from distiller.cli import InputError, run
 from distiller.files import file_digest
 from distiller.quantization import PostTrainLinearQuantizer
 from distiller.quantization.integer import NotIntegerError
-from distiller.quantization.saved import content_of
+from distiller.quantization.saved import content_of, save_config
 from distiller.quantization.statistics import foreign_statistics, save_statistics
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule
@@ -325,6 +326,65 @@ def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
         log.info("Statistics of %d layers written to %s", len(statistics), path)
 
 
+def choose_quantization(args: Namespace, split: Split, device: torch.device) -> None:
+    """Choose how to quantize by some users, leave that as files, and report it on the others."""
+    model = load_model(args, args.load, load_checkpoint(args.load), split)
+    if nb_calibration_users(split) == split.nb_users:
+        raise InputError(f"--qe-auto: {args.data} has too few users to choose by some and report on others")
+    directory = recording.open_run_directory(args.out_dir, args.name, device)
+    chooser = build_chooser(args, model.eval().to(device), split, device)
+    log.info("Chosen by %d users. In float: %s", nb_calibration_users(split), chooser.in_float)
+    trials = []
+    for trial in chooser.choose(args.qe_max_loss):
+        log.info("%s", trial)
+        trials.append(trial)
+    best = min(trials, key=lambda trial: max(trial.loss, args.qe_max_loss))
+    if best.loss > args.qe_max_loss:
+        log.warning("--qe-max-loss %g: all that was tried loses more; this loses least", args.qe_max_loss)
+    log.info("Chosen: %s", best.setting.name)
+    leave_choice(args, chooser, best.setting, split, directory)
+    report_choice(args, chooser, best.setting, split, directory)
+
+
+def build_chooser(args: Namespace, model: NeuMF, split: Split, device: torch.device) -> Chooser:
+    """What tries settings on the calibration users, with statistics of their candidates alone."""
+    sizes = neumf.sizes_from_state_dict(model.state_dict())
+    models = {False: model, True: NeuMF(**sizes | {"split_final": True}).eval().to(device)}
+    models[True].load_state_dict(neumf.split_final_layer(model.state_dict()))
+    calibrate_on = partial(score_all, split=split, nb_users=nb_calibration_users(split), device=device)
+    statistics = {
+        split_final: collect_quant_stats(model, calibrate_on, rows_per_batch=split.nb_candidates)
+        for split_final, model in models.items()
+    }
+    return Chooser(models, statistics, calibration_lists(split, args.seed), args.topk, device)
+
+
+def leave_choice(args: Namespace, chooser: Chooser, setting: Setting, split: Split, directory: Path) -> None:
+    """Leave in the run's directory a chosen setting, its statistics, and the model quantized by it."""
+    quantizer = chooser.quantizer(setting)
+    save_statistics(chooser.statistics[setting.split_final], directory / STATS_FILE)
+    save_config(
+        quantizer, directory / STATS_FILE, directory / recording.AUTO, split_final=setting.split_final
+    )
+    quantizer.save(directory)
+    save_quantized(args, quantizer, split, directory)
+    log.info("The same again: --evaluate --quantize-eval --qe-config-file %s", directory / recording.AUTO)
+
+
+def report_choice(args: Namespace, chooser: Chooser, setting: Setting, split: Split, directory: Path) -> None:
+    """Print the metrics of those users that the setting was not chosen by, in float and quantized."""
+    first = nb_calibration_users(split)
+    scorers = {
+        "in float": float_scorer(chooser.models[False]),
+        "quantized": scorer_of(chooser.quantizer(setting)),
+    }
+    for name, scorer in scorers.items():
+        ranks = rank_test_items(scorer, split, args.topk, chooser.device)
+        metrics = metrics_of_ranks(ranks[first:], args.topk)
+        log.info("The other %d users, %s: %s", split.nb_users - first, name, metrics)
+    recording.write_ranks(directory, ranks)
+
+
 def draw_activation_histograms(args: Namespace, split: Split, device: torch.device) -> None:
     """Histograms of every layer's output, to TensorBoard and as pictures."""
     recording.require_matplotlib("--activation-histograms")
@@ -486,6 +546,8 @@ def main() -> None:
         calibrate(args, split, device)
     elif args.activation_histograms:
         draw_activation_histograms(args, split, device)
+    elif args.qe_auto:
+        choose_quantization(args, split, device)
     elif args.evaluate or args.quantize_eval or args.eval_fp16:
         evaluate_checkpoint(args, split, device, processes)
     else:
@@ -500,6 +562,7 @@ def check_processes(args: Namespace, processes: Processes) -> None:
     for flag, given in (
         ("--qe-calibration", args.qe_calibration),
         ("--act-hist", args.activation_histograms),
+        ("--qe-auto", args.qe_auto),
         ("--qe-report", args.qe_report),
     ):
         if given:

@@ -26,6 +26,7 @@ from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE
 from distiller.quantization.statistics import Statistics
 
 CHECKPOINT, BEST, QUANTIZED = "checkpoint.pth.tar", "best.pth.tar", "quantized.pth.tar"
+AUTO = "quant_auto.yaml"
 CONFIG, RESULTS, LOG, RANKS = "config.json", "valid_results.csv", "ncf.log", "ranks.npy"
 REPORT, RANGES, ERRORS = "quant_report.csv", "quant_ranges.png", "quant_errors.png"
 
@@ -118,7 +119,7 @@ def holds_run(directory: Path) -> bool:
 
 def clear_run(directory: Path) -> None:
     """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
-    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE, RANKS, REPORT, RANGES, ERRORS)
+    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE, AUTO, RANKS, REPORT, RANGES, ERRORS)
     for pattern in (
         *(CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"),
         *evaluation,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from ..cli import InputError
+from ..files import atomic_write
 from .post_train import PostTrainLinearQuantizer
 from .statistics import FLAG, Statistics
 from .wrappers import QuantizedTable
@@ -52,6 +56,25 @@ def restore(model: nn.Module, content: Mapping[str, Any], dummy_input: Any) -> P
         raise InputError(f"not a whole quantized model: {reason}") from error
     check_tensors(model)
     return quantizer
+
+
+def save_config(
+    quantizer: PostTrainLinearQuantizer, statistics: str | os.PathLike, path: str | os.PathLike, **more: Any
+) -> None:
+    """Write a quantizer's settings as a ``--qe-config-file``.
+
+    Args:
+        quantizer: Of the settings.
+        statistics: The file of its statistics.
+        path: What to write.
+        more: What else to say there, beside ``quantizers``.
+    """
+    arguments = _plain(quantizer.arguments())
+    del arguments["save_fp_weights"]  # which a flag says
+    entry = {"class": type(quantizer).__name__} | arguments
+    entry["model_activation_stats"] = str(Path(statistics).resolve())
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump({"quantizers": {"chosen": entry}} | more, sort_keys=False))
 
 
 def check_tensors(model: nn.Module) -> None:

@@ -1,0 +1,250 @@
+"""The cheapest quantization that keeps HR@k and NDCG@k within a budget, chosen by some users to report on the others.
+
+Settings are tried from the cheapest to the dearest, all of them with 8-bit weights and tables. The first are all in 8
+bits. The next has the last layer in float and 16 bits where nothing is multiplied for every pair, which costs no speed.
+The last have 16 bits in layers that are, and are only simulated. Ranges come first: every layer's are found by the clip
+mode that least changes how far the logits of a user's best items are apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dataset import Split
+from distiller.quantization import ClipMode, PostTrainLinearQuantizer
+from distiller.quantization.integer import NotIntegerError
+from distiller.quantization.post_train import IN_FLOAT
+from distiller.quantization.statistics import Statistics
+from evaluation import Metrics, candidate_items, metrics_of_ranks, rank_test_items
+from loading import dummy_input
+from neumf import NeuMF
+from neumf_int8 import IntegerNeuMF
+from sampling import UnseenItems
+from scoring import PairScorer, Scorer, float_scorer
+
+# A fifth of the users tells losses of a tenth of a point of NDCG apart on ml-1m. More than this takes long.
+CALIBRATION_SHARE, MOST_CALIBRATION_USERS = 0.2, 2000
+LISTS = 5  # of candidates for each of them: fresh negatives tell more about a user than her one list does
+TUNING_USERS = 100  # whose logits are compared, of so many times k items: a list's place is among them
+TUNING_ITEMS = 5
+CLIP_MODES = [
+    mode for mode in ClipMode if mode is not ClipMode.N_STD
+]  # which has a number of its own to choose
+BASE = {"mode": "asym_u", "per_channel_wts": True, "embedding_bits": 8}  # the best of the modes on ml-1m
+WIDE_BITS = 16
+POINT = 0.01  # of HR or NDCG
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to quantize.
+
+    Attributes:
+        name: What is special about it.
+        split_final: Whether the model's final layer is split.
+        arguments: Of ``PostTrainLinearQuantizer``, but for the statistics.
+    """
+
+    name: str
+    split_final: bool
+    arguments: dict[str, Any]
+
+
+class Estimate(NamedTuple):
+    """A mean over users and its standard error."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a setting costs the calibration users.
+
+    Attributes:
+        setting: That was tried.
+        metrics: Over their lists.
+        hr_loss: What HR@k loses to the float model, in points.
+        ndcg_loss: Likewise NDCG@k.
+        in_integers: Whether the model can be computed in integers.
+    """
+
+    setting: Setting
+    metrics: Metrics
+    hr_loss: Estimate
+    ndcg_loss: Estimate
+    in_integers: bool
+
+    @property
+    def loss(self) -> float:
+        """The greater of both losses, each as small as these users let it be by one standard error."""
+        return max(loss.mean - loss.error for loss in (self.hr_loss, self.ndcg_loss))
+
+    def __str__(self) -> str:
+        how = "" if self.in_integers else ", only simulated"
+        return f"{self.setting.name}{how}: {self.metrics}, loses {self.hr_loss} and {self.ndcg_loss} points"
+
+
+def nb_calibration_users(split: Split) -> int:
+    """How many users, the first ones, settings are chosen by."""
+    return max(1, min(round(CALIBRATION_SHARE * split.nb_users), MOST_CALIBRATION_USERS))
+
+
+def calibration_lists(split: Split, seed: int) -> list[Split]:
+    """The calibration users with their candidates, then ``LISTS`` - 1 times with fresh negatives."""
+    nb_users = nb_calibration_users(split)
+    unseen = UnseenItems(split.train_users, split.train_items, split.nb_users, split.nb_items)
+    generator = torch.Generator().manual_seed(seed)
+    users = torch.arange(nb_users).repeat_interleave(split.nb_candidates - 1)
+    lists = [replace(split, nb_users=nb_users)]
+    for _ in range(1, LISTS):
+        share = torch.rand(len(users), generator=generator, dtype=torch.float64)
+        ranks = (share * unseen.counts[users]).long()
+        lists.append(replace(lists[0], negatives=unseen.item(users, ranks).view(nb_users, -1).numpy()))
+    return lists
+
+
+class Chooser:
+    """Tries settings on the calibration users.
+
+    Args:
+        models: In float, without and with a split final layer, on ``device``.
+        statistics: Calibrated on these users, of both.
+        lists: The users' candidates.
+        k: Of HR@k and NDCG@k.
+        device: The models'.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[bool, NeuMF],
+        statistics: Mapping[bool, Statistics],
+        lists: Sequence[Split],
+        k: int,
+        device: torch.device,
+    ):
+        self.models, self.statistics = models, statistics
+        self._lists, self._k, self.device = lists, k, device
+        self._ranks = self._ranks_of(float_scorer(models[False]))
+        self.in_float = metrics_of_ranks(self._ranks.flatten(), k)
+        sample = lists[0]
+        self._users = torch.arange(min(TUNING_USERS, sample.nb_users), device=device)
+        self._items = candidate_items(sample, 0, len(self._users)).to(device)
+        best = self._logits_of(models[False]).topk(min(TUNING_ITEMS * k, sample.nb_candidates), dim=1)
+        self._items, self._logits = self._items.gather(1, best.indices), best.values
+
+    def choose(self, max_loss: float) -> Iterator[Trial]:
+        """Try settings until one of them loses no more than ``max_loss`` points, as far as these users can tell."""
+        for setting in self.settings():
+            trial = self._try(setting)
+            yield trial
+            if trial.loss <= max_loss:
+                return
+
+    def quantizer(self, setting: Setting, **changes: Any) -> PostTrainLinearQuantizer:
+        """A setting's quantizer, with changes to its arguments; the model is a copy, and prepared."""
+        quantizer = PostTrainLinearQuantizer(
+            copy.deepcopy(self.models[setting.split_final]),
+            model_activation_stats=self.statistics[setting.split_final],
+            **setting.arguments | changes,
+        )
+        quantizer.prepare_model(dummy_input(self.device))
+        return quantizer
+
+    def settings(self) -> Iterator[Setting]:
+        """From the cheapest to the dearest."""
+        clips, errors = self._best_clips(split_final=False)
+        yield Setting("final layer not split", False, BASE | {"overrides": clips})
+        scaled = BASE | {"scaled_concat": True, "overrides": clips}
+        yield Setting("concatenation of two scales", False, scaled)
+        yield Setting("split final layer", True, BASE | {"overrides": self._best_clips(split_final=True)[0]})
+
+        *hidden, last = (f"mlp.{i}" for i in range(len(self.models[False].mlp)))
+        ends = dict.fromkeys(["final_concat", "final", "sigmoid"], IN_FLOAT)
+        overrides = clips | _wide(["mlp_concat", "mf_mult", last]) | _by_name(ends)
+        yield Setting("last layer in float", False, BASE | {"overrides": overrides})
+        raised: list[str] = []
+        for layer in sorted(hidden, key=errors.get, reverse=True):
+            raised.append(layer)
+            wide = BASE | {"overrides": overrides | _wide(raised)}
+            name = f"last layer in float, {WIDE_BITS} bits in {', '.join(raised)}"
+            yield Setting(name, False, wide)
+
+    def _best_clips(self, split_final: bool) -> tuple[dict[str, dict], dict[str, float]]:
+        """Every layer's clip mode, as overrides, and the error that is left, by the layer's name."""
+        whole = Setting("", split_final, BASE)
+        clips, errors = {}, {}
+        for layer, entry in self.quantizer(whole).describe().items():
+            if (
+                "clip_acts" in entry and layer != "sigmoid"
+            ):  # whose range is [0, 1], and whose input is compared
+                found = {mode: self._error(whole, layer, mode) for mode in CLIP_MODES}
+                best = min(found, key=found.get)
+                clips[re.escape(layer)], errors[layer] = {"clip_acts": best}, found[best]
+        return clips, errors
+
+    def _error(self, setting: Setting, layer: str, clip: ClipMode) -> float:
+        """How much quantizing one layer alone moves a user's best items past each other: a variance of logits."""
+        overrides = {re.escape(layer): {"clip_acts": clip}, ".*": IN_FLOAT}
+        model = self.quantizer(setting, overrides=overrides, embedding_bits=None).model
+        changes = self._logits_of(model) - self._logits
+        return (changes - changes.mean(1, keepdim=True)).square().mean().item()
+
+    @torch.no_grad()
+    def _logits_of(self, model: NeuMF) -> Tensor:
+        """(users, items) float64."""
+        users = self._users.repeat_interleave(self._items.shape[1])
+        return model(users, self._items.flatten()).view(self._items.shape).double()
+
+    def _try(self, setting: Setting) -> Trial:
+        scorer = scorer_of(self.quantizer(setting))
+        ranks = self._ranks_of(scorer)
+        pairs = zip(self._gains(self._ranks), self._gains(ranks), strict=True)
+        losses = [_estimate((before - after).mean(0) / POINT) for before, after in pairs]
+        metrics = metrics_of_ranks(ranks.flatten(), self._k)
+        return Trial(setting, metrics, *losses, isinstance(scorer, IntegerNeuMF))
+
+    def _ranks_of(self, scorer: Scorer) -> Tensor:
+        """(lists, users) int64."""
+        ranks = [rank_test_items(scorer, users, self._k, self.device) for users in self._lists]
+        return torch.stack(ranks)
+
+    def _gains(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """What ranks add to HR@k and to NDCG@k, in float64."""
+        hits = (ranks < self._k).double()
+        return hits, hits * math.log(2) / torch.log(ranks.double() + 2)
+
+
+def _estimate(values: Tensor) -> Estimate:
+    """Of (users,) float64; of one user, no error is known."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate(values.mean().item(), error)
+
+
+def scorer_of(quantizer: PostTrainLinearQuantizer) -> Scorer:
+    """What scores with a prepared model: in integers where it can be."""
+    try:
+        return IntegerNeuMF(quantizer.model)
+    except NotIntegerError:
+        return PairScorer(quantizer.model)
+
+
+def _by_name(overrides: Mapping[str, dict]) -> dict[str, dict]:
+    """Overrides by regular expressions from such by names."""
+    return {re.escape(name): changes for name, changes in overrides.items()}
+
+
+def _wide(layers: Sequence[str]) -> dict[str, dict]:
+    """Overrides that give layers more bits, and so the whole of their range."""
+    return _by_name({layer: {"bits_activations": WIDE_BITS, "clip_acts": ClipMode.NONE} for layer in layers})
