@@ -88,8 +88,12 @@ class Trial:
 
     @property
     def loss(self) -> float:
-        """The greater of both losses, each as small as these users let it be by one standard error."""
-        return max(loss.mean - loss.error for loss in (self.hr_loss, self.ndcg_loss))
+        """What counts against the budget: of NDCG@k the loss, of HR@k what is more than one standard error.
+
+        HR@k changes with the few users whose item crosses one rank: its error is twice that of NDCG@k, and larger than
+        any budget of interest. What harms rankings shows in NDCG@k.
+        """
+        return max(self.hr_loss.mean - self.hr_loss.error, self.ndcg_loss.mean)
 
     def __str__(self) -> str:
         how = "" if self.in_integers else ", only simulated"
@@ -145,7 +149,7 @@ class Chooser:
         self._items, self._logits = self._items.gather(1, best.indices), best.values
 
     def choose(self, max_loss: float) -> Iterator[Trial]:
-        """Try settings until one of them loses no more than ``max_loss`` points, as far as these users can tell."""
+        """Try settings until one of them loses no more than ``max_loss`` points."""
         for setting in self.settings():
             trial = self._try(setting)
             yield trial

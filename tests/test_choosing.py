@@ -124,6 +124,16 @@ def test_losses_are_those_of_the_lists(chooser):
     assert trial.ndcg_loss.mean == pytest.approx(100 * (chooser.in_float.ndcg - trial.metrics.ndcg), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("hr", "ndcg", "expected"),
+    [((0.2, 0.15), (0.03, 0.5), 0.05), ((0.2, 0.15), (0.06, 0.5), 0.06), ((-0.1, 0.1), (-0.3, 0.1), -0.2)],
+)
+def test_what_counts_against_the_budget(hr, ndcg, expected):
+    """NDCG's loss, and HR's beyond its standard error."""
+    trial = Trial(None, Metrics(10, 0.5, 0.25), Estimate(*hr), Estimate(*ndcg), True)
+    assert trial.loss == pytest.approx(expected)
+
+
 # --- the command line ---
 
 
