@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, call, run_convert, run_ncf
+from conftest import Outcome, call, run_ncf
 from torch.distributed.run import get_args_parser
 
 import convert
@@ -21,7 +21,6 @@ from benchmarks import evaluation, table, training
 from benchmarks.table import figures_in, markdown
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
-from distiller.cli import InputError
 from distiller.files import file_digest
 from flags import build_parser, parse_args
 
@@ -165,23 +164,12 @@ def test_commands_are_shown_as_they_are_run(made):
 
 
 @pytest.fixture
-def again(monkeypatch) -> Callable[..., tuple[Outcome, list[list[str]]]]:
+def again(scripts_here) -> Callable[..., tuple[Outcome, list[list[str]]]]:
     """Makes a table with the scripts called in this process; what came of it, and the command lines."""
-    scripts = {"ncf.py": run_ncf, "convert.py": run_convert}
-    commands: list[list[str]] = []
-
-    def execute(*command: object) -> str:
-        commands.append([str(word) for word in command])
-        outcome = scripts[str(command[0])](*command[1:])
-        if outcome.code:
-            raise InputError(f"{command[0]}: {outcome.err}")
-        return outcome.out
-
-    monkeypatch.setattr(table, "execute", execute)
 
     def make(*arguments: object) -> tuple[Outcome, list[list[str]]]:
-        commands.clear()
-        return call("table.py", table.main, (*arguments, *SMALL)), list(commands)
+        scripts_here.clear()
+        return call("table.py", table.main, (*arguments, *SMALL)), list(scripts_here)
 
     return make
 
