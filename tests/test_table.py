@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 
 import convert
 import synthetic
-from benchmarks import evaluation, table, training
+from benchmarks import evaluation, precision, table, training
 from benchmarks.table import figures_in, markdown
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
@@ -283,6 +283,7 @@ def known_flags() -> dict[str, set[str]]:
         "convert.py": flags_of(convert.parse_args),
         "synthetic.py": flags_of(lambda: synthetic.parse_arguments(None)),
         "benchmarks.table": flags_of(table.parse_args),
+        "benchmarks.precision": flags_of(precision.parse_args),
         "benchmarks.training": flags_of(training.parse_args),
         "benchmarks.evaluation": flags_of(evaluation.parse_args),
         "torchrun": flags_of(lambda: get_args_parser().parse_args()),
@@ -332,13 +333,15 @@ def test_command_lines_of_the_makefile_parse(monkeypatch):
     values = dict(re.findall(r"^(\w+) \?= (.*)$", text, re.MULTILINE)) | {"DATA": "ratings.csv"}
     text = re.sub(r"\$\((\w+)\)", lambda match: values.get(match[1], match[0]), text)
     known = known_flags()
-    tables = command_lines(text, "$(BIN)/python -m benchmarks.table ")
+    for script, count in ((table, 2), (precision, 1)):
+        lines = command_lines(text, f"$(BIN)/python -m {script.__name__} ")
+        assert len(lines) == count
+        for words in lines:
+            assert long_flags(words) <= known[script.__name__]
+            monkeypatch.setattr(sys, "argv", ["table.py", *words])
+            script.parse_args()
     ratings = command_lines(text, "$(BIN)/python synthetic.py ")
-    assert (len(tables), len(ratings)) == (2, 1)
-    for words in tables:
-        assert long_flags(words) <= known["benchmarks.table"]
-        monkeypatch.setattr(sys, "argv", ["table.py", *words])
-        table.parse_args()
+    assert len(ratings) == 1
     for words in ratings:
         assert long_flags(words) <= known["synthetic.py"]
         synthetic.parse_arguments(words)
