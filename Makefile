@@ -1,6 +1,7 @@
 # make demo                     install, then everything on a small synthetic set, down to the README's table
 # make test                     install, lint, all tests
 # make table DATA=ratings.csv   the README's benchmark table for real data (or an already converted directory)
+# make precision DATA=ratings.csv   the table of what each precision costs, likewise; of five seeds
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,10 +9,10 @@ BIN := $(VENV)/bin
 # What `make table` trains for; the published recipe otherwise.
 EPOCHS ?= 20
 SEEDS ?= 1
-# Where it keeps models, so that it need not train them again; another table wants another place.
+# Where tables keep models, so that they need not train them again; other settings want another place.
 OUT ?= run/table
 
-.PHONY: demo test lint table clean
+.PHONY: demo test lint table precision clean
 
 demo: $(VENV)/installed
 	mkdir -p run
@@ -29,6 +30,11 @@ lint: $(VENV)/tests-installed
 table: $(VENV)/installed
 	@test -n "$(DATA)" || { echo 'make table: DATA=ratings.csv or DATA=directory of a split' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.table "$(DATA)" --out "$(OUT)" --epochs $(EPOCHS) --seeds $(SEEDS)
+
+precision: SEEDS = 1 2 3 4 5
+precision: $(VENV)/installed
+	@test -n "$(DATA)" || { echo 'make precision: DATA=ratings.csv or DATA=directory of a split' >&2; exit 2; }
+	$(BIN)/python -m benchmarks.precision "$(DATA)" --out "$(OUT)" --epochs $(EPOCHS) --seeds $(SEEDS)
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from distiller.quantization import ClipMode, PostTrainLinearQuantizer
 from distiller.quantization.integer import NotIntegerError
 from distiller.quantization.post_train import IN_FLOAT
 from distiller.quantization.statistics import Statistics
-from evaluation import Metrics, candidate_items, metrics_of_ranks, rank_test_items
+from evaluation import Metrics, candidate_items, gains_of_ranks, metrics_of_ranks, rank_test_items
 from loading import dummy_input
 from neumf import NeuMF
 from neumf_int8 import IntegerNeuMF
@@ -214,8 +215,10 @@ class Chooser:
     def _try(self, setting: Setting) -> Trial:
         scorer = scorer_of(self.quantizer(setting))
         ranks = self._ranks_of(scorer)
-        pairs = zip(self._gains(self._ranks), self._gains(ranks), strict=True)
-        losses = [_estimate((before - after).mean(0) / POINT) for before, after in pairs]
+        losses = [
+            _estimate((gain(self._ranks) - gain(ranks)).mean(0) / POINT)
+            for gain in (lambda ranks: (ranks < self._k).double(), partial(gains_of_ranks, k=self._k))
+        ]
         metrics = metrics_of_ranks(ranks.flatten(), self._k)
         return Trial(setting, metrics, *losses, isinstance(scorer, IntegerNeuMF))
 
@@ -223,11 +226,6 @@ class Chooser:
         """(lists, users) int64."""
         ranks = [rank_test_items(scorer, users, self._k, self.device) for users in self._lists]
         return torch.stack(ranks)
-
-    def _gains(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
-        """What ranks add to HR@k and to NDCG@k, in float64."""
-        hits = (ranks < self._k).double()
-        return hits, hits * math.log(2) / torch.log(ranks.double() + 2)
 
 
 def _estimate(values: Tensor) -> Estimate:

@@ -42,9 +42,13 @@ class Metrics:
 
 def metrics_of_ranks(ranks: Tensor, k: int) -> Metrics:
     """HR@k and NDCG@k of (U,) integer ranks, 0 for the first place, in float64."""
-    hits = ranks < k
+    return Metrics(k, (ranks < k).double().mean().item(), gains_of_ranks(ranks, k).mean().item())
+
+
+def gains_of_ranks(ranks: Tensor, k: int) -> Tensor:
+    """Every user's own NDCG@k, (U,) float64, of (U,) integer ranks; any other shape likewise."""
     gains = torch.log(torch.tensor(2.0, dtype=torch.float64)) / torch.log(ranks.double() + 2)
-    return Metrics(k, hits.double().mean().item(), torch.where(hits, gains, 0.0).mean().item())
+    return torch.where(ranks < k, gains, 0.0)
 
 
 def users_per_block(split: Split, device: torch.device | str = "cpu") -> int:

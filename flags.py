@@ -200,8 +200,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             if name in vars(args) and name not in args.given | OF_EACH_START:
                 setattr(args, name, value)
     check_args(args)
-    if args.qe_config_file:
-        args.split_final |= asks_for_split(args.qe_config_file)
     if args.seed is None:
         args.seed = secrets.randbelow(1 << 32)
     return args

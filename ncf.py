@@ -33,7 +33,7 @@ from distiller.quantization.statistics import foreign_statistics, save_statistic
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule
 from evaluation import first_users, metrics_of_ranks, rank_test_items, score_all
-from flags import PROG, lacks_source, parse_args
+from flags import PROG, asks_for_split, lacks_source, parse_args
 from loading import dummy_input, load_model, load_quantized, quantizer_as_trained, restore_rounding
 from neumf import NeuMF
 from neumf_int8 import IntegerNeuMF
@@ -527,6 +527,8 @@ def save_quantized(
 
 def main() -> None:
     args = parse_args()
+    if args.qe_config_file:
+        args.split_final |= asks_for_split(args.qe_config_file)
     device = choose_device(args)
     if device.type == "cuda":
         torch.cuda.set_device(device)

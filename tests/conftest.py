@@ -24,7 +24,8 @@ import convert
 import ncf
 import optim
 import synthetic
-from distiller.cli import run
+from benchmarks import recipe
+from distiller.cli import InputError, run
 
 torch.set_num_threads(1)
 # So that most steps of these short runs are lazy ones.
@@ -95,6 +96,23 @@ def ncf_script() -> Script:
 def convert_script() -> Script:
     """Calls ``convert.py`` with the arguments given."""
     return run_convert
+
+
+@pytest.fixture
+def scripts_here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Makes the tables' commands run in this process; the command lines so far."""
+    scripts = {"ncf.py": run_ncf, "convert.py": run_convert}
+    commands: list[list[str]] = []
+
+    def execute(*command: object) -> str:
+        commands.append([str(word) for word in command])
+        outcome = scripts[str(command[0])](*command[1:])
+        if outcome.code:
+            raise InputError(f"{command[0]}: {outcome.err}")
+        return outcome.out
+
+    monkeypatch.setattr(recipe, "execute", execute)
+    return commands
 
 
 @pytest.fixture

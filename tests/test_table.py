@@ -12,16 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Outcome, call, run_convert, run_ncf
+from conftest import Outcome, call, run_ncf
 from torch.distributed.run import get_args_parser
 
 import convert
 import synthetic
-from benchmarks import evaluation, table, training
+from benchmarks import evaluation, precision, table, training
 from benchmarks.table import figures_in, markdown
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
-from distiller.cli import InputError
 from distiller.files import file_digest
 from flags import build_parser, parse_args
 
@@ -165,23 +164,12 @@ def test_commands_are_shown_as_they_are_run(made):
 
 
 @pytest.fixture
-def again(monkeypatch) -> Callable[..., tuple[Outcome, list[list[str]]]]:
+def again(scripts_here) -> Callable[..., tuple[Outcome, list[list[str]]]]:
     """Makes a table with the scripts called in this process; what came of it, and the command lines."""
-    scripts = {"ncf.py": run_ncf, "convert.py": run_convert}
-    commands: list[list[str]] = []
-
-    def execute(*command: object) -> str:
-        commands.append([str(word) for word in command])
-        outcome = scripts[str(command[0])](*command[1:])
-        if outcome.code:
-            raise InputError(f"{command[0]}: {outcome.err}")
-        return outcome.out
-
-    monkeypatch.setattr(table, "execute", execute)
 
     def make(*arguments: object) -> tuple[Outcome, list[list[str]]]:
-        commands.clear()
-        return call("table.py", table.main, (*arguments, *SMALL)), list(commands)
+        scripts_here.clear()
+        return call("table.py", table.main, (*arguments, *SMALL)), list(scripts_here)
 
     return make
 
@@ -295,6 +283,7 @@ def known_flags() -> dict[str, set[str]]:
         "convert.py": flags_of(convert.parse_args),
         "synthetic.py": flags_of(lambda: synthetic.parse_arguments(None)),
         "benchmarks.table": flags_of(table.parse_args),
+        "benchmarks.precision": flags_of(precision.parse_args),
         "benchmarks.training": flags_of(training.parse_args),
         "benchmarks.evaluation": flags_of(evaluation.parse_args),
         "torchrun": flags_of(lambda: get_args_parser().parse_args()),
@@ -344,13 +333,15 @@ def test_command_lines_of_the_makefile_parse(monkeypatch):
     values = dict(re.findall(r"^(\w+) \?= (.*)$", text, re.MULTILINE)) | {"DATA": "ratings.csv"}
     text = re.sub(r"\$\((\w+)\)", lambda match: values.get(match[1], match[0]), text)
     known = known_flags()
-    tables = command_lines(text, "$(BIN)/python -m benchmarks.table ")
+    for script, count in ((table, 2), (precision, 1)):
+        lines = command_lines(text, f"$(BIN)/python -m {script.__name__} ")
+        assert len(lines) == count
+        for words in lines:
+            assert long_flags(words) <= known[script.__name__]
+            monkeypatch.setattr(sys, "argv", ["table.py", *words])
+            script.parse_args()
     ratings = command_lines(text, "$(BIN)/python synthetic.py ")
-    assert (len(tables), len(ratings)) == (2, 1)
-    for words in tables:
-        assert long_flags(words) <= known["benchmarks.table"]
-        monkeypatch.setattr(sys, "argv", ["table.py", *words])
-        table.parse_args()
+    assert len(ratings) == 1
     for words in ratings:
         assert long_flags(words) <= known["synthetic.py"]
         synthetic.parse_arguments(words)

@@ -1,0 +1,153 @@
+"""What the tables share: the published recipe through ncf.py, as a user would type it, and where its models lie."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+from benchmarks.machine import machine
+from dataset import Split, load_split
+from distiller.checkpoint import load_checkpoint
+from distiller.cli import ArgumentParser, InputError
+from recording import BEST, CHECKPOINT, CONFIG
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINED = "base_fp32"  # of a seed's directory, the run that trains
+FLOAT = f"{TRAINED}/{BEST}"  # its best model
+STATISTICS = {False: "quantization_stats_no_split.yaml", True: "quantization_stats_split.yaml"}
+
+
+def execute(*command: object) -> str:
+    """Run one of the project's scripts, its progress on stderr; what it prints on stdout.
+
+    Raises:
+        InputError: it failed.
+    """
+    words = [str(word) for word in command]
+    print(f"$ python {shlex.join(words)}", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, ROOT / words[0], *words[1:]], stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="", file=sys.stderr, flush=True)
+    if done.returncode:
+        raise InputError(f"{words[0]} ended with exit code {done.returncode}")
+    return done.stdout
+
+
+def converted(data: Path, out: Path) -> Path:
+    """The directory of the split: ``data`` itself, or what convert.py makes of it."""
+    if data.is_dir():
+        return data
+    directory = out / "split"
+    execute("convert.py", data, directory, "--negatives", 999)
+    return directory
+
+
+def common_flags(split: Path | str, seed: int | str, args: argparse.Namespace) -> list[object]:
+    """The split and the flags that every step of the recipe has."""
+    return [split, "-b", args.batch_size, "--layers", *args.layers, "-f", args.factors, "--seed", seed]
+
+
+def training_words(
+    split: Path | str, out: Path | str, seed: int | str, args: argparse.Namespace
+) -> list[object]:
+    """What trains a seed's model, after ``ncf.py``; ``out`` is the seed's directory."""
+    training = ["-l", args.learning_rate, "-e", args.epochs, "--overwrite", "-o", f"{out}/{TRAINED}"]
+    return [*common_flags(split, seed, args), *training]
+
+
+def loading_words(
+    split: Path | str, out: Path | str, seed: int | str, args: argparse.Namespace, model: str = FLOAT
+) -> list[object]:
+    """What goes on with a seed's model, after ``ncf.py``; ``model`` is its file in the seed's directory ``out``."""
+    return [*common_flags(split, seed, args), "--load", f"{out}/{model}"]
+
+
+def calibration_words(out: Path | str, split_final: bool) -> list[object]:
+    """What calibrates a model, after ``loading_words``."""
+    flags = ["--split-final"] if split_final else []
+    stats_out = ["--qe-stats-out", f"{out}/{STATISTICS[split_final]}", "-o", f"{out}/calibration"]
+    return ["--qe-calibration", 0.1, *flags, *stats_out]
+
+
+def train(split: Path, out: Path, seed: int, args: argparse.Namespace) -> None:
+    """Train a seed's model in its directory ``out``, or finish its training, unless that is done.
+
+    Raises:
+        InputError: what is there is the run of another table.
+    """
+    if args.overwrite or not (out / TRAINED / CHECKPOINT).exists():
+        execute("ncf.py", *training_words(split, out, seed, args))
+    else:
+        finish_training(split, out / TRAINED, seed, args)
+
+
+def finish_training(split: Path, trained: Path, seed: int, args: argparse.Namespace) -> None:
+    """Resume a run that is there already, if it was interrupted.
+
+    Raises:
+        InputError: it is the run of another table.
+    """
+    config = json.loads((trained / CONFIG).read_text())
+    wanted = {"seed": seed, "data_digest": load_split(split).digest} | {
+        key: getattr(args, key) for key in ("epochs", "factors", "layers", "batch_size", "learning_rate")
+    }
+    for key, value in wanted.items():
+        if config.get(key) != value:
+            raise InputError(
+                f"--out: {trained} has {key} {config.get(key)}, not {value}: --overwrite trains anew"
+            )
+    if load_checkpoint(trained / CHECKPOINT)["progress"]["epoch"] < args.epochs:
+        execute("ncf.py", split, "--resume", "-o", trained)
+
+
+def over_seeds(values: list[float]) -> str:
+    """A mean, with the standard deviation where there are several values."""
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}"
+
+
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def protocol(split: Split, args: argparse.Namespace) -> str:
+    """What the figures mean and how they came about."""
+    drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
+    spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
+    return (
+        f"{split.nb_users} users, {split.nb_items} items, {len(split.train_users)} training pairs "
+        f"({split.digest[:19]}). Leave one out; {split.negatives.shape[1]} negatives per user, drawn "
+        f"{drawn[split.distinct_negatives]}; ties count against the test item. Layers "
+        f"{' '.join(map(str, args.layers))}, {args.factors} factors, batch {args.batch_size}, learning rate "
+        f"{args.learning_rate}, the best of {args.epochs} epochs by HR@10, seeds "
+        f"{' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {machine()}."
+    )
+
+
+def build_parser(prog: str, description: str, out: str, seeds: list[int]) -> ArgumentParser:
+    """The parser of a table's command line.
+
+    Args:
+        prog: The program's name.
+        description: What it does.
+        out: The default of ``--out``.
+        seeds: That of ``--seeds``.
+    """
+    parser = ArgumentParser(prog=prog, description=description)
+    add = parser.add_argument
+    add("data", type=Path, help="ratings file, or directory of a split")
+    add("--out", type=Path, default=Path(out), help="models, statistics, logs (default: %(default)s)")
+    add("--overwrite", action="store_true", help="train anew, evaluate anew")
+    add("--epochs", type=int, default=20, help="(default: %(default)s)")
+    add("--seeds", type=int, nargs="+", default=seeds, help="a model for each (default: %(default)s)")
+    add("--factors", type=int, default=64, help="(default: %(default)s)")
+    add("--layers", type=int, nargs="+", default=[256, 256, 128, 64], help="(default: %(default)s)")
+    add("--batch-size", type=int, default=2048, help="(default: %(default)s)")
+    add("--learning-rate", type=float, default=0.0005, help="(default: %(default)s)")
+    return parser
