@@ -21,7 +21,7 @@ from distiller.quantization.integer import (
     require_levels,
     rescalers_of,
 )
-from distiller.quantization.linear import dequantize, storage_dtype
+from distiller.quantization.linear import dequantize
 from distiller.quantization.wrappers import (
     FakeQuantized,
     QuantizedConcat,
@@ -70,12 +70,12 @@ class IntegerNeuMF:
             for i, linear in enumerate(model.mlp[1:], 1)
         ]
         self._prepare_product()
-        self._prepare_final(self._item_factors.shape[1], model.mlp[-1].weight.shape[0])
+        self._prepare_final(self._item_integers.shape[1], model.mlp[-1].weight.shape[0])
         self._in_integers = for_one_shape(self._integers) if compiled else self._integers
         self._pairs = COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE
 
     def _prepare_product(self) -> None:
-        """The items' side of the product of embeddings: (I, F) integers in units of their scales, and these."""
+        """The items' side of the product of embeddings: (I, F) integers, and their parameters."""
         model, items = self._model, self._model.mf_item_embed.params
         scales = [table.params.scale for table in (model.mf_user_embed, model.mf_item_embed)]
         for table in (model.mf_user_embed, model.mf_item_embed):
@@ -88,9 +88,12 @@ class IntegerNeuMF:
             torch.stack(bounds).prod() for bounds in zip(*(x.aminmax() for x in scales), strict=True)
         )
         require_finite("mf_mult", self._product.factor_of(torch.stack([least, greatest])))
-        factors = model.mf_item_embed.integers() + items.zero_point
-        self._item_factors = factors.to(storage_dtype(*(int(bound) for bound in factors.aminmax())))
-        self._item_scales = items.scale
+        # Of 8 bits, and without their zero points: compiled, 16 bits to float32 are not vectorized.
+        self._item_integers = model.mf_item_embed.integers()
+        rows = len(self._item_integers) if self._scale_by_row else 1
+        self._item_scales, self._item_zero_points = (
+            x.expand(rows, 1).contiguous() for x in (items.scale, items.zero_point)
+        )
 
     def _prepare_final(self, mf_dim: int, mlp_dim: int) -> None:
         """The final linear layers, those of them that are computed in integers, and the last layers that are."""
@@ -164,12 +167,15 @@ class IntegerNeuMF:
 
     def _multiplied(self, user_factors: Tensor, user_scales: Tensor, items: Tensor) -> Tensor:
         """Of the product of both embeddings: (N, F)."""
-        factors = self._item_factors.index_select(0, items.flatten()).float()
-        products = factors.view(*items.shape, -1).mul_(user_factors[:, None]).flatten(0, 1)
+        flat = items.flatten()
+        factors = self._item_integers.index_select(0, flat).float()
         if not self._scale_by_row:
-            return self._product(products)
-        item_scales = self._item_scales.expand(len(self._item_factors), 1).squeeze(1)[items]  # (B, C)
-        return self._product(products, (user_scales * item_scales).view(-1, 1))
+            products = factors.add_(self._item_zero_points).view(*items.shape, -1).mul_(user_factors[:, None])
+            return self._product(products.flatten(0, 1))
+        factors.add_(self._item_zero_points.index_select(0, flat))
+        products = factors.view(*items.shape, -1).mul_(user_factors[:, None])
+        scales = self._item_scales.index_select(0, flat).view(*items.shape, 1).mul_(user_scales[:, None])
+        return self._product(products.flatten(0, 1), scales.view(-1, 1))
 
     def _hidden(self, user_sums: Tensor, items: Tensor) -> Tensor:
         """Of the last ReLU: (N, L_n)."""
