@@ -20,17 +20,17 @@ import neumf
 import pictures
 import recording
 import report
-from choosing import Chooser, Setting, calibration_lists, nb_calibration_users, scorer_of
+from automatic import choose_quantization
 from dataset import Split, load_split
 from distiller.calibration import STATS_FILE, TestFunction, collect_quant_stats
-from distiller.checkpoint import load_checkpoint, save_checkpoint
+from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError, run
 from distiller.files import file_digest
 from distiller.quantization import PostTrainLinearQuantizer
 from distiller.quantization.integer import NotIntegerError
-from distiller.quantization.saved import content_of, save_config
 from distiller.quantization.statistics import foreign_statistics, save_statistics
 from distiller.quantization.train_aware import without_ranges
+from distiller.quantization.wrappers import RowQuantizedEmbedding, ScaledConcat
 from distiller.schedule import CompressionSchedule, load_schedule
 from evaluation import first_users, metrics_of_ranks, rank_test_items, score_all
 from flags import PROG, asks_for_split, lacks_source, parse_args
@@ -326,65 +326,6 @@ def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
         log.info("Statistics of %d layers written to %s", len(statistics), path)
 
 
-def choose_quantization(args: Namespace, split: Split, device: torch.device) -> None:
-    """Choose how to quantize by some users, leave that as files, and report it on the others."""
-    model = load_model(args, args.load, load_checkpoint(args.load), split)
-    if nb_calibration_users(split) == split.nb_users:
-        raise InputError(f"--qe-auto: {args.data} has too few users to choose by some and report on others")
-    directory = recording.open_run_directory(args.out_dir, args.name, device)
-    chooser = build_chooser(args, model.eval().to(device), split, device)
-    log.info("Chosen by %d users. In float: %s", nb_calibration_users(split), chooser.in_float)
-    trials = []
-    for trial in chooser.choose(args.qe_max_loss):
-        log.info("%s", trial)
-        trials.append(trial)
-    best = min(trials, key=lambda trial: max(trial.loss, args.qe_max_loss))
-    if best.loss > args.qe_max_loss:
-        log.warning("--qe-max-loss %g: all that was tried loses more; this loses least", args.qe_max_loss)
-    log.info("Chosen: %s", best.setting.name)
-    leave_choice(args, chooser, best.setting, split, directory)
-    report_choice(args, chooser, best.setting, split, directory)
-
-
-def build_chooser(args: Namespace, model: NeuMF, split: Split, device: torch.device) -> Chooser:
-    """What tries settings on the calibration users, with statistics of their candidates alone."""
-    sizes = neumf.sizes_from_state_dict(model.state_dict())
-    models = {False: model, True: NeuMF(**sizes | {"split_final": True}).eval().to(device)}
-    models[True].load_state_dict(neumf.split_final_layer(model.state_dict()))
-    calibrate_on = partial(score_all, split=split, nb_users=nb_calibration_users(split), device=device)
-    statistics = {
-        split_final: collect_quant_stats(model, calibrate_on, rows_per_batch=split.nb_candidates)
-        for split_final, model in models.items()
-    }
-    return Chooser(models, statistics, calibration_lists(split, args.seed), args.topk, device)
-
-
-def leave_choice(args: Namespace, chooser: Chooser, setting: Setting, split: Split, directory: Path) -> None:
-    """Leave in the run's directory a chosen setting, its statistics, and the model quantized by it."""
-    quantizer = chooser.quantizer(setting)
-    save_statistics(chooser.statistics[setting.split_final], directory / STATS_FILE)
-    save_config(
-        quantizer, directory / STATS_FILE, directory / recording.AUTO, split_final=setting.split_final
-    )
-    quantizer.save(directory)
-    save_quantized(args, quantizer, split, directory)
-    log.info("The same again: --evaluate --quantize-eval --qe-config-file %s", directory / recording.AUTO)
-
-
-def report_choice(args: Namespace, chooser: Chooser, setting: Setting, split: Split, directory: Path) -> None:
-    """Print the metrics of those users that the setting was not chosen by, in float and quantized."""
-    first = nb_calibration_users(split)
-    scorers = {
-        "in float": float_scorer(chooser.models[False]),
-        "quantized": scorer_of(chooser.quantizer(setting)),
-    }
-    for name, scorer in scorers.items():
-        ranks = rank_test_items(scorer, split, args.topk, chooser.device)
-        metrics = metrics_of_ranks(ranks[first:], args.topk)
-        log.info("The other %d users, %s: %s", split.nb_users - first, name, metrics)
-    recording.write_ranks(directory, ranks)
-
-
 def draw_activation_histograms(args: Namespace, split: Split, device: torch.device) -> None:
     """Histograms of every layer's output, to TensorBoard and as pictures."""
     recording.require_matplotlib("--activation-histograms")
@@ -411,6 +352,12 @@ def quantize(
     if why:
         log.warning("--qe-stats-file seems to belong to another model: %s", why)
     quantizer.prepare_model(dummy_input(device))
+    for flag, given, kind in (
+        ("--qe-scaled-concat", args.qe_scaled_concat, ScaledConcat),
+        ("--qe-embedding-bits", args.qe_embedding_bits, RowQuantizedEmbedding),
+    ):
+        if given and not any(isinstance(module, kind) for module in model.modules()):
+            raise InputError(f"{flag} has no effect on any layer with these settings")
     return quantizer
 
 
@@ -480,7 +427,7 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
         if quantizer:
             quantizer.save(directory)
             if args.quantize_eval:
-                save_quantized(args, quantizer, split, directory)
+                recording.write_quantized(directory, quantizer, args.load, split)
                 recording.clear_report(directory)
     start = time.perf_counter()
     ranks = rank_test_items(scorer, split, args.topk, device, processes)
@@ -510,19 +457,6 @@ def report_losses(
         pictures.draw_ranges(losses, directory / recording.RANGES)
         pictures.draw_errors(losses, directory / recording.ERRORS)
     log.info("Report written to %s", directory)
-
-
-def save_quantized(
-    args: Namespace, quantizer: PostTrainLinearQuantizer, split: Split, directory: Path
-) -> None:
-    """Leave the quantized model in the run's directory, for ``--load``."""
-    origin = {
-        "arch": "NeuMF",
-        "float_digest": file_digest(args.load),
-        "data_digest": split.digest,
-        "command": recording.command_line(),
-    }
-    save_checkpoint(directory / recording.QUANTIZED, origin | content_of(quantizer))
 
 
 def main() -> None:

@@ -19,10 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset import Split
+from distiller.checkpoint import save_checkpoint
 from distiller.cli import InputError
-from distiller.files import atomic_write
+from distiller.files import atomic_write, file_digest
 from distiller.quantization.histogram import Histogram
-from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE
+from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE, PostTrainLinearQuantizer
+from distiller.quantization.saved import content_of
 from distiller.quantization.statistics import Statistics
 
 CHECKPOINT, BEST, QUANTIZED = "checkpoint.pth.tar", "best.pth.tar", "quantized.pth.tar"
@@ -104,6 +107,19 @@ def write_ranks(directory: Path, ranks: Tensor) -> None:
     """Write the users' ranks of their test items, (U,) int64, 0 for the first place."""
     with atomic_write(directory / RANKS) as temporary, temporary.open("wb") as file:
         np.save(file, ranks.numpy(), allow_pickle=False)
+
+
+def write_quantized(
+    directory: Path, quantizer: PostTrainLinearQuantizer, float_checkpoint: str | Path, split: Split
+) -> None:
+    """Write a quantized model, for ``--load``, and where it is from."""
+    origin = {
+        "arch": "NeuMF",
+        "float_digest": file_digest(float_checkpoint),
+        "data_digest": split.digest,
+        "command": command_line(),
+    }
+    save_checkpoint(directory / QUANTIZED, origin | content_of(quantizer))
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:

@@ -910,6 +910,22 @@ def test_4_bit_tables_are_two_to_a_byte_in_the_file(quantize_eval, checkpoint):
     assert Path("a/quantized.pth.tar").stat().st_size < 100_000
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--qe-dynamic", "--qe-scaled-concat"], "--qe-scaled-concat"),
+        (["--qeba", "0", "--qe-scaled-concat"], "--qe-scaled-concat"),
+        (["--split-final", "--qe-embedding-bits", "4", "--qe-scaled-concat"], "--qe-scaled-concat"),
+        (["--qebw", "0", "--qe-embedding-bits", "4"], "--qe-embedding-bits"),
+    ],
+)
+def test_flags_of_quantization_without_effect(quantize_eval, flags, name):
+    outcome = quantize_eval(flags, "a")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"ncf.py: error: {name} has no effect")
+    assert not Path("a").exists()
+
+
 def test_dynamic_ranges_have_no_histograms(quantize_eval):
     """Nor does a file of statistics from before there were any."""
     outcome = quantize_eval(["--qe-dynamic", "--qeca", "kl"], "a")

@@ -1,0 +1,85 @@
+"""``ncf.py --qe-auto``: choose how to quantize, leave that as files, and report it."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import neumf
+import recording
+from choosing import Chooser, Setting, calibration_lists, nb_calibration_users, scorer_of
+from dataset import Split
+from distiller.calibration import STATS_FILE, collect_quant_stats
+from distiller.checkpoint import load_checkpoint
+from distiller.cli import InputError
+from distiller.quantization.saved import save_config
+from distiller.quantization.statistics import save_statistics
+from evaluation import metrics_of_ranks, rank_test_items, score_all
+from loading import load_model
+from neumf import NeuMF
+from scoring import float_scorer
+
+log = logging.getLogger("ncf")
+
+
+def choose_quantization(args: Namespace, split: Split, device: torch.device) -> None:
+    """Choose how to quantize by some users, leave that as files, and report it on the others."""
+    model = load_model(args, args.load, load_checkpoint(args.load), split)
+    if nb_calibration_users(split) == split.nb_users:
+        raise InputError(f"--qe-auto: {args.data} has too few users to choose by some and report on others")
+    directory = recording.open_run_directory(args.out_dir, args.name, device)
+    chooser = build_chooser(args, model.eval().to(device), split, device)
+    log.info("Chosen by %d users. In float: %s", nb_calibration_users(split), chooser.in_float)
+    trials = []
+    for trial in chooser.choose(args.qe_max_loss):
+        log.info("%s", trial)
+        trials.append(trial)
+    best = min(trials, key=lambda trial: max(trial.loss, args.qe_max_loss))
+    if best.loss > args.qe_max_loss:
+        log.warning("--qe-max-loss %g: all that was tried loses more; this loses least", args.qe_max_loss)
+    log.info("Chosen: %s", best.setting.name)
+    leave_choice(args, chooser, best.setting, split, directory)
+    report_choice(args, chooser, best.setting, split, directory)
+
+
+def build_chooser(args: Namespace, model: NeuMF, split: Split, device: torch.device) -> Chooser:
+    """What tries settings on the calibration users, with statistics of their candidates alone."""
+    sizes = neumf.sizes_from_state_dict(model.state_dict())
+    models = {False: model, True: NeuMF(**sizes | {"split_final": True}).eval().to(device)}
+    models[True].load_state_dict(neumf.split_final_layer(model.state_dict()))
+    calibrate_on = partial(score_all, split=split, nb_users=nb_calibration_users(split), device=device)
+    statistics = {
+        split_final: collect_quant_stats(model, calibrate_on, rows_per_batch=split.nb_candidates)
+        for split_final, model in models.items()
+    }
+    return Chooser(models, statistics, calibration_lists(split, args.seed), args.topk, device)
+
+
+def leave_choice(args: Namespace, chooser: Chooser, setting: Setting, split: Split, directory: Path) -> None:
+    """Leave in the run's directory a chosen setting, its statistics, and the model quantized by it."""
+    quantizer = chooser.quantizer(setting)
+    save_statistics(chooser.statistics[setting.split_final], directory / STATS_FILE)
+    save_config(
+        quantizer, directory / STATS_FILE, directory / recording.AUTO, split_final=setting.split_final
+    )
+    quantizer.save(directory)
+    recording.write_quantized(directory, quantizer, args.load, split)
+    log.info("The same again: --evaluate --quantize-eval --qe-config-file %s", directory / recording.AUTO)
+
+
+def report_choice(args: Namespace, chooser: Chooser, setting: Setting, split: Split, directory: Path) -> None:
+    """Print the metrics of those users that the setting was not chosen by, in float and quantized."""
+    first = nb_calibration_users(split)
+    scorers = {
+        "in float": float_scorer(chooser.models[False]),
+        "quantized": scorer_of(chooser.quantizer(setting)),
+    }
+    for name, scorer in scorers.items():
+        ranks = rank_test_items(scorer, split, args.topk, chooser.device)
+        metrics = metrics_of_ranks(ranks[first:], args.topk)
+        log.info("The other %d users, %s: %s", split.nb_users - first, name, metrics)
+    recording.write_ranks(directory, ranks)
