@@ -191,9 +191,8 @@ class Chooser:
         whole = Setting("", split_final, BASE)
         clips, errors = {}, {}
         for layer, entry in self.quantizer(whole).describe().items():
-            if (
-                "clip_acts" in entry and layer != "sigmoid"
-            ):  # whose range is [0, 1], and whose input is compared
+            # A sigmoid's range is [0, 1], and it is its input that is compared.
+            if "clip_acts" in entry and layer != "sigmoid":
                 found = {mode: self._error(whole, layer, mode) for mode in CLIP_MODES}
                 best = min(found, key=found.get)
                 clips[re.escape(layer)], errors[layer] = {"clip_acts": best}, found[best]

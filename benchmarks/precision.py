@@ -123,7 +123,8 @@ def fine_tuning(slug: str, schedule: str, rate: str) -> Step:
 
 
 INT8 = "--quantize-eval --qem asym_u --qepc"
-FOUR_BITS = "--quantize-eval --qebw 4 --qeba 8 --qema asym_u --qemw sym --qepc --qenql final sigmoid"  # as in ncf_qat_4bit.yaml
+# As in ncf_qat_4bit.yaml.
+FOUR_BITS = "--quantize-eval --qebw 4 --qeba 8 --qema asym_u --qemw sym --qepc --qenql final sigmoid"
 WHOLE, SPLIT = calibration(split_final=False), calibration(split_final=True)
 OF_WHOLE, OF_SPLIT = (f"--qe-stats-file {{out}}/{step.leaves}" for step in (WHOLE, SPLIT))
 AUTO = Step("--qe-auto -o {out}/auto", "auto/quant_auto.yaml")

@@ -20,6 +20,7 @@ def quantizer_of_aware(aware: nn.Module, model: nn.Module) -> PostTrainLinearQua
 
     What it prepares computes what ``aware`` does in evaluation mode, but for sums that are exact in place of rounded to
     float32, and biases that are rounded to units of these: a value between two levels may come to lie on the other one.
+    And a range on one side of 0 is widened to contain it.
 
     Args:
         aware: Prepared by ``NCFQuantAwareTrainQuantizer`` and trained.
