@@ -1,9 +1,9 @@
 """The cheapest quantization that keeps HR@k and NDCG@k within a budget, chosen by some users to report on the others.
 
 Settings are tried from the cheapest to the dearest, all of them with 8-bit weights and tables. The first are all in 8
-bits. The next has the last layer in float and 16 bits where nothing is multiplied for every pair, which costs no speed.
-The last have 16 bits in layers that are, and are only simulated. Ranges come first: every layer's are found by the clip
-mode that least changes how far the logits of a user's best items are apart.
+bits. The next has the last layer in float and 16 bits where nothing is multiplied for every pair, which costs no
+product of matrices. The last have 16 bits in layers that are, and are only simulated. Ranges come first: every layer's
+are found by the clip mode that least changes how far the logits of a user's best items are apart.
 """
 
 from __future__ import annotations
