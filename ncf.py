@@ -488,7 +488,7 @@ def main() -> None:
         evaluate_checkpoint(args, split, device, processes)
     else:
         train(args, split, device, processes)
-    leave_processes()
+    leave_processes(processes)
 
 
 def check_processes(args: Namespace, processes: Processes) -> None:
