@@ -30,7 +30,7 @@ from distiller.quantization import PostTrainLinearQuantizer
 from distiller.quantization.integer import NotIntegerError
 from distiller.quantization.statistics import foreign_statistics, save_statistics
 from distiller.quantization.train_aware import without_ranges
-from distiller.quantization.wrappers import RowQuantizedEmbedding, ScaledConcat
+from distiller.quantization.wrappers import QuantizedLinear, RowQuantizedEmbedding, ScaledConcat
 from distiller.schedule import CompressionSchedule, load_schedule
 from evaluation import first_users, metrics_of_ranks, rank_test_items, score_all
 from flags import PROG, asks_for_split, lacks_source, parse_args
@@ -352,11 +352,18 @@ def quantize(
     if why:
         log.warning("--qe-stats-file seems to belong to another model: %s", why)
     quantizer.prepare_model(dummy_input(device))
-    for flag, given, kind in (
-        ("--qe-scaled-concat", args.qe_scaled_concat, ScaledConcat),
-        ("--qe-embedding-bits", args.qe_embedding_bits, RowQuantizedEmbedding),
+    modules = list(model.modules())
+    linears = [module for module in modules if isinstance(module, QuantizedLinear)]
+    for flag, given, effects in (
+        ("--qe-scaled-concat", args.qe_scaled_concat, (isinstance(x, ScaledConcat) for x in modules)),
+        ("--qe-per-channel-acts", args.qe_per_channel_acts, (x.has_output_scales for x in linears)),
+        (
+            "--qe-embedding-bits",
+            args.qe_embedding_bits,
+            (isinstance(x, RowQuantizedEmbedding) for x in modules),
+        ),
     ):
-        if given and not any(isinstance(module, kind) for module in model.modules()):
+        if given and not any(effects):
             raise InputError(f"{flag} has no effect on any layer with these settings")
     return quantizer
 

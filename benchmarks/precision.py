@@ -145,6 +145,12 @@ ROWS = (
         SPLIT,
     ),
     row_of(
+        "the same, activations per channel",
+        "int8_split_float_channels",
+        f"{INT8} --split-final --qenql final_add sigmoid --qe-per-channel-acts {OF_SPLIT}",
+        SPLIT,
+    ),
+    row_of(
         "INT8, chosen by --qe-auto",
         "int8_auto",
         f"--quantize-eval --qe-config-file {{out}}/{AUTO.leaves}",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .graph import leaf_modules
 from .quantization.histogram import Histogram
-from .quantization.statistics import Statistics, save_statistics
+from .quantization.statistics import Statistics, save_statistics, text_of_columns
 
 STATS_FILE = "acts_quantization_stats.yaml"
 HISTOGRAM_BINS = 2048  # a quarter of one of 256 quantization levels is then still resolved
@@ -38,6 +38,7 @@ class _TensorRecord:
     row_max_sum: float = 0.0
     square_sum: float = 0.0
     deviation_sum: float = 0.0
+    column_max: Tensor | None = None
     counts: Tensor | None = None  # of float values, over [min, max]
 
     @property
@@ -53,6 +54,10 @@ class _TensorRecord:
         weight = batches.shape[0] * batches.shape[1] / len(low)
         self.min = min(self.min, float(low.min()))
         self.max = max(self.max, float(high.max()))
+        column_max = batches.amax((0, 1)).float().cpu()
+        self.column_max = (
+            column_max if self.column_max is None else torch.maximum(self.column_max, column_max)
+        )
         self.rows += batches.shape[0] * batches.shape[1]
         self.count += batches.numel()
         self.sum += batches.sum(dtype=torch.float64).item()
@@ -73,9 +78,10 @@ class _TensorRecord:
         self.counts = counts if self.counts is None else self.counts + counts
 
     def summary(self) -> dict:
-        histogram = (
-            {} if self.counts is None else {"histogram": Histogram(self.min, self.max, self.counts).plain()}
-        )
+        of_floats = {}
+        if self.counts is not None:
+            of_floats["column_max"] = text_of_columns(self.column_max)
+            of_floats["histogram"] = Histogram(self.min, self.max, self.counts).plain()
         return {
             "min": self.min,
             "max": self.max,
@@ -85,7 +91,7 @@ class _TensorRecord:
             "std": (self.square_sum / self.count) ** 0.5,
             "b": self.deviation_sum / self.count,
             "shape": self.shape,
-        } | histogram
+        } | of_floats
 
 
 @dataclass
@@ -105,7 +111,7 @@ def collect_quant_stats(
     Of every input and output of every leaf module that ``test_fn`` makes ``model`` call: min, max; mean, std
     (population) and b (mean absolute deviation) over all elements; avg_min and avg_max, the mean over rows of a
     row's min and max. A tensor of one value per row uses its batch's min and max in place of the row's. Of floating
-    point values, also a histogram of ``HISTOGRAM_BINS`` over [min, max].
+    point values, also every column's max and a histogram of ``HISTOGRAM_BINS`` over [min, max].
 
     Args:
         model: In float; put into evaluation mode.

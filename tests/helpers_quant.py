@@ -158,6 +158,12 @@ def seven_numbers(batches: list[np.ndarray]) -> dict:
     }
 
 
+def column_max(batches: list[np.ndarray]) -> str:
+    """Every column's largest value, as a statistics file has it."""
+    rows = np.concatenate([batch.reshape(len(batch), -1) for batch in batches])
+    return " ".join(repr(float(value)) for value in rows.max(axis=0))
+
+
 def reference_statistics(model: nn.Module, batches: list[tuple]) -> dict:
     """Statistics of every leaf module, ``batches`` going through the model one after the other."""
     seen: dict[str, tuple[dict[int, list], list]] = {}
@@ -181,7 +187,7 @@ def reference_statistics(model: nn.Module, batches: list[tuple]) -> dict:
     return {
         name: {
             "inputs": {i: seven_numbers(arrays) for i, arrays in seen[name][0].items()},
-            "output": seven_numbers(seen[name][1]),
+            "output": seven_numbers(seen[name][1]) | {"column_max": column_max(seen[name][1])},
         }
         for name in names
         if name in seen

@@ -24,7 +24,7 @@ from torch import nn
 
 from distiller.calibration import STATS_FILE, collect_quant_stats
 from distiller.quantization.histogram import Histogram
-from distiller.quantization.statistics import load_statistics
+from distiller.quantization.statistics import columns_of_text, load_statistics
 
 NUMBERS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
 ORDER = "mf_user_embed mf_item_embed mlp_user_embed mlp_item_embed mf_mult mlp_concat mlp.0 mlp.1 mlp_relu.0 mlp_relu.1"
@@ -83,7 +83,7 @@ def test_the_originals_statistics(tag):
             for key in ("min", "max", "mean", "std", "b"):
                 assert tensor[key] == pytest.approx(reference[key], rel=1e-5, abs=1e-5), (name, where, key)
             assert tensor["shape"] == reference["shape"]
-            assert set(tensor) - {"histogram"} == {*NUMBERS, "shape"}
+            assert set(tensor) - {"histogram", "column_max"} == {*NUMBERS, "shape"}
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -161,6 +161,7 @@ def test_numbers_by_hand():
         "std": pytest.approx(math.sqrt(28 / 8)),
         "b": 12 / 8,
         "shape": "(2, 2)",
+        "column_max": "4 5",
     }
 
 
@@ -300,6 +301,16 @@ def test_inputs_have_histograms_unless_they_are_indices():
     assert "histogram" not in statistics["mf_user_embed"]["inputs"][0]
     of_input, of_output = statistics["mf_mult"]["inputs"][1], statistics["mf_item_embed"]["output"]
     assert of_input["histogram"] == of_output["histogram"]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_every_columns_largest_value(size):
+    model, batches = small_model(8), user_batches(9, 7)
+    found = collect_quant_stats(model, runner(chunked(batches, size)), rows_per_batch=7)
+    for name, entry in reference_statistics(model, batches).items():
+        expected, values = (columns_of_text(x["output"]["column_max"]) for x in (entry, found[name]))
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-7)
+    assert "column_max" not in found["mf_user_embed"]["inputs"][0]
 
 
 def test_histograms_equal_numpys():

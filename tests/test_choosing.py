@@ -82,17 +82,16 @@ def test_nothing_of_the_other_users_is_looked_at(split):
 
 
 def test_settings_go_from_cheap_to_dear(chooser):
-    """All in 8 bits; then 16 bits where they cost nothing; then simulated ones."""
+    """All in 8 bits; then 12 bits where they cost no product; then out of one hidden layer after another."""
     names, kinds = [], []
     for setting in chooser.settings():
         quantizer = chooser.quantizer(setting)
         bits = {name: entry.get("bits_activations") for name, entry in quantizer.describe().items()}
         names.append(setting.name)
-        kinds.append({name for name, of_layer in bits.items() if of_layer == 16})
+        kinds.append({name for name, of_layer in bits.items() if of_layer == 12})
         assert quantizer.describe()["mf_user_embed"]["bits_weights"] == 8
-        assert ("final_add" in bits) == setting.split_final
-        if "simulated" not in setting.name and len(kinds) <= 4:
-            IntegerNeuMF(quantizer.model)
+        assert hasattr(quantizer.model, "final_add") == setting.split_final
+        IntegerNeuMF(quantizer.model)  # or it raises
     assert kinds[:3] == [set(), set(), set()]
     assert kinds[3] == {"mlp_concat", "mf_mult", "mlp.1"}
     assert kinds[4:] == [{"mlp_concat", "mf_mult", "mlp.1", "mlp.0"}]
@@ -107,9 +106,10 @@ def test_every_layer_has_the_clip_mode_of_least_error(chooser):
     entry["histogram"]["counts"] = " ".join([*counts, *["0"] * 99 * len(counts), "1"])
     entry["max"] = entry["histogram"]["max"] = entry["min"] + width * (100 * len(counts) + 1)
     setting = next(chooser.settings())
-    output = chooser.quantizer(setting).describe()["mlp.0"]
-    assert output["clip_acts"] != "none"
-    assert 255 / output["output_scale"] < entry["max"] / 10
+    quantizer = chooser.quantizer(setting)
+    assert quantizer.describe()["mlp.0"]["clip_acts"] != "none"
+    scale = quantizer.model.mlp[0].fixed_output.scale
+    assert 255 / scale.min() < entry["max"] / 10
 
 
 def test_trying_ends_with_the_first_within_the_budget(chooser):
@@ -126,10 +126,10 @@ def test_losses_are_those_of_the_lists(chooser):
 
 @pytest.mark.parametrize(
     ("hr", "ndcg", "expected"),
-    [((0.2, 0.15), (0.03, 0.5), 0.05), ((0.2, 0.15), (0.06, 0.5), 0.06), ((-0.1, 0.1), (-0.3, 0.1), -0.2)],
+    [((0.2, 0.15), (0.02, 0.02), 0.05), ((0.2, 0.15), (0.03, 0.04), 0.07), ((-0.1, 0.1), (-0.3, 0.2), -0.1)],
 )
 def test_what_counts_against_the_budget(hr, ndcg, expected):
-    """NDCG's loss, and HR's beyond its standard error."""
+    """NDCG's loss with its standard error, and HR's beyond its own."""
     trial = Trial(None, Metrics(10, 0.5, 0.25), Estimate(*hr), Estimate(*ndcg), True)
     assert trial.loss == pytest.approx(expected)
 

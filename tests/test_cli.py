@@ -758,7 +758,7 @@ OTHERS = [
     *("--eval-fp16", "--resume", "--overwrite", "--max-steps", "--qe-stats-out", "--calibrate-on"),
     *("--qe-bits-accum", "--qe-clip-n-stds", "--qe-save-fp-weights", "--qe-stats-file", "--qe-dynamic"),
     *("--qe-calibration", "--qe-config-file", "--qe-engine", "--qe-scaled-concat", "--qe-embedding-bits"),
-    "--qe-report",
+    *("--qe-report", "--qe-per-channel-acts"),
 ]
 
 
@@ -849,10 +849,11 @@ INTEGERS = [
         "kl",
     ],
     ["--qem", "sym", "--qe-embedding-bits", "4", "--split-final"],
+    ["--qem", "asym_u", "--qe-per-channel-acts", "--qepc", "--qe-scaled-concat"],
+    ["--qem", "asym_s", "--qe-per-channel-acts", "--qeba", "12", "--qenql", "final", "sigmoid"],
 ]
 NOT_INTEGERS = [
     (["--qem", "asym_u", "--qenql", "mlp.1"], "layer mlp.1"),
-    (["--qeba", "9"], "8 bits"),
     (["--qebw", "16"], "8 bits"),
     (["--qeba", "0"], "layer mf_mult"),
     (["--qe-dynamic"], "every batch"),
@@ -917,6 +918,8 @@ def test_4_bit_tables_are_two_to_a_byte_in_the_file(quantize_eval, checkpoint):
         (["--qeba", "0", "--qe-scaled-concat"], "--qe-scaled-concat"),
         (["--split-final", "--qe-embedding-bits", "4", "--qe-scaled-concat"], "--qe-scaled-concat"),
         (["--qebw", "0", "--qe-embedding-bits", "4"], "--qe-embedding-bits"),
+        (["--qe-dynamic", "--qe-per-channel-acts"], "--qe-per-channel-acts"),
+        (["--qeba", "0", "--qe-per-channel-acts"], "--qe-per-channel-acts"),
     ],
 )
 def test_flags_of_quantization_without_effect(quantize_eval, flags, name):

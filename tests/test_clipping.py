@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distiller.quantization import ClipMode, LinearQuantMode
-from distiller.quantization.clipping import clip_range, measure, required_statistics
+from distiller.quantization.clipping import clip_range, column_reach, measure, required_statistics
 
 STATS = {"min": -10.0, "max": 20.0, "avg_min": -6.0, "avg_max": 9.0, "mean": 1.0, "std": 2.0, "b": 1.5}
 STATS["histogram"] = {"min": -10.0, "max": 20.0, "counts": "1 4 8 5 3 1"}
@@ -176,3 +176,13 @@ def test_measure_takes_the_whole_row_of_a_tensor_of_more_axes():
     x = torch.arange(24.0).reshape(2, 3, 4)
     found = measure(x, ClipMode.AVG, False)
     assert (found["avg_min"].item(), found["avg_max"].item()) == ((0 + 12) / 2, (11 + 23) / 2)
+
+
+def test_ranges_of_columns():
+    """A column's own, cut where the layer is, and never narrower than a 16th of the layer's."""
+    reach = column_reach(torch.tensor([0.0, 0.1, 2.0, 8.0, 20.0]), torch.tensor([16.0]))
+    assert reach.tolist() == [1.0, 1.0, 2.0, 8.0, 16.0]
+
+
+def test_columns_of_a_layer_that_is_0():
+    assert column_reach(torch.zeros(3), torch.zeros(1)).tolist() == [0.0] * 3

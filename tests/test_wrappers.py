@@ -14,10 +14,11 @@ from distiller.cli import InputError
 from distiller.modules import Concat, EltwiseMult
 from distiller.quantization import PostTrainLinearQuantizer
 from distiller.quantization.linear import LinearQuantMode, params_of_range
-from distiller.quantization.statistics import save_statistics
+from distiller.quantization.statistics import columns_of_text, save_statistics
 from distiller.quantization.wrappers import (
     QuantizedConcat,
     QuantizedEmbedding,
+    QuantizedLinear,
     RowQuantizedEmbedding,
     ScaledConcat,
     pack,
@@ -188,7 +189,7 @@ def test_a_scaled_concatenation_loses_nothing(seed, mode, weight_mode, bits):
     weight, bias = model.final.weight.clone().double(), model.final.bias.clone().double()
     statistics = model_statistics(model)
     statistics["mf_mult"]["output"] = {
-        key: value if key == "shape" else value / 50 for key, value in statistics["mf_mult"]["output"].items()
+        key: value / 50 for key, value in statistics["mf_mult"]["output"].items() if isinstance(value, float)
     }
     users, items = all_pairs(model)
     quantizer_of(
@@ -281,13 +282,143 @@ def test_a_concatenation_with_another_reader_has_one_scale():
     assert type(model.concat) is QuantizedConcat
 
 
+# --- scales per output feature of activations ---
+
+
+def hidden_of(model, users, items) -> list[torch.Tensor]:
+    """What the first layer reads, and what every layer of the MLP puts out."""
+    outputs = [model.mlp_concat(model.mlp_user_embed(users), model.mlp_item_embed(items))]
+    for linear in model.mlp:
+        outputs.append(linear(outputs[-1]))
+    return outputs
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    mode=st.sampled_from(MODES),
+    weight_mode=st.sampled_from(MODES),
+    bits=st.integers(3, 12),
+    per_channel_wts=st.booleans(),
+)
+def test_every_output_feature_keeps_its_range(seed, mode, weight_mode, bits, per_channel_wts):
+    """Rounded by half a level of its own, and multiplied by weights that its scale went into."""
+    model = small_model(seed)
+    weight, bias = model.mlp[1].weight.clone().double(), model.mlp[1].bias.clone().double()
+    reach = columns_of_text(model_statistics(model)["mlp_relu.0"]["output"]["column_max"]).clamp(min=0)
+    users, items = all_pairs(model)
+    quantizer_of(
+        model,
+        (users, items, True),
+        model_activation_stats=model_statistics(model),
+        mode={"activations": mode, "weights": weight_mode},
+        bits_activations=bits,
+        per_channel_acts=True,
+        per_channel_wts=per_channel_wts,
+    )
+    first, second = model.mlp[0].fixed_output, model.mlp[1]
+    assert first.scale.shape == (len(reach),)
+    levels = first.q_max if mode in ("sym", "sym_restr") else first.q_max - first.q_min
+    widths = torch.maximum(reach, reach.max() / 16)
+    torch.testing.assert_close(first.scale * widths, torch.full_like(widths, levels), rtol=0.2, atol=0)
+
+    _, hidden, output = hidden_of(model, users, items)
+    integers = torch.round(hidden.double() * first.scale)  # q + zp
+    rounded = (second.weight + second.w_zero_point[:, None]).double() / second.w_scale.double()[:, None]
+    folded = weight / first.scale.double()
+    assert ((rounded - folded).abs() <= 1.01 / second.w_scale[:, None]).all()
+    expected = (integers @ rounded.T + bias).relu()
+    params = second.fixed_output
+    low, high = ((bound + params.zero_point) / params.scale for bound in (params.q_min, params.q_max))
+    slack = 0.51 / params.scale + 0.51 / second.accumulator_scale
+    assert ((output.double() - torch.clamp(expected, low, high)).abs() <= slack).all()
+
+
+def test_which_layers_have_scales_per_output_feature():
+    def which(split=False, **arguments) -> list[bool]:
+        model = small_model(8, split)
+        more = {"model_activation_stats": model_statistics(model), "per_channel_acts": True} | arguments
+        quantizer_of(model, (*all_pairs(model), True), **more)
+        return [module.has_output_scales for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+    # mlp.0, mlp.1, final. What joins the last one with the other branch has one scale, unless it keeps both.
+    assert which() == [True, False, False]
+    assert which(scaled_concat=True) == [True, True, False]
+    assert which(per_channel_acts=False) == [False, False, False]
+    # mlp.0, mlp.1, final_mlp, final_mf
+    assert which(split=True) == [True, True, False, False]
+    assert which(overrides={r"mlp\.1": FLOAT}) == [True, False]
+    assert which(overrides={r"mlp_relu\.0": FLOAT}) == [True, False, False]
+    assert which(fuse_relu=False) == [False, False, False]
+
+
+class TwoReaders(nn.Module):
+    """A ReLU that a linear layer reads, and something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.relu, self.second = nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4)
+        self.mult = EltwiseMult()
+
+    def forward(self, x):
+        hidden = self.relu(self.first(x))
+        return self.mult(hidden, self.second(hidden))
+
+
+def test_a_relu_with_another_reader_has_one_scale():
+    model, numbers = TwoReaders().eval().requires_grad_(False), {"min": -3.0, "max": 3.0}
+    statistics = {
+        name: {"inputs": {0: numbers, 1: numbers}, "output": numbers}
+        for name in ("first", "relu", "second", "mult")
+    }
+    quantizer_of(model, torch.ones(1, 3), model_activation_stats=statistics, per_channel_acts=True)
+    assert model.first.fixed_output.scale.shape == (1,)
+
+
+@pytest.mark.parametrize("clip", ["none", "avg", "gauss", "laplace"])
+@pytest.mark.parametrize("mode", MODES)
+def test_ranges_of_output_features_start_at_0(mode, clip):
+    """Whatever range the clip mode finds for the layer; it cuts the features' off."""
+    model = small_model(9)
+    statistics = model_statistics(model)
+    for name in ("mlp.0", "mlp_relu.0"):
+        statistics[name]["output"]["avg_min"] = 0.5 * statistics[name]["output"]["avg_max"]
+    scales = []
+    for per_channel in (False, True):
+        copy = small_model(9)
+        more = {"mode": mode, "clip_acts": clip, "per_channel_acts": per_channel}
+        quantizer_of(copy, (*all_pairs(copy), True), model_activation_stats=statistics, **more)
+        scales.append(copy.mlp[0].fixed_output.scale)
+    assert (scales[1] >= 0.999 * scales[0]).all()
+    assert len(scales[1].unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("column_max", "message"),
+    [(None, "mlp.0: its output has no column_max"), ("1 2 3", "mlp.0: column_max of 3 columns, not 5")],
+)
+def test_statistics_without_columns(column_max, message):
+    model = small_model(9)
+    statistics = model_statistics(model)
+    statistics["mlp.0"]["output"]["column_max"] = column_max
+    if column_max is None:
+        del statistics["mlp.0"]["output"]["column_max"]
+    with pytest.raises(InputError, match=message):
+        quantizer_of(
+            model, (*all_pairs(model), True), model_activation_stats=statistics, per_channel_acts=True
+        )
+
+
 def test_flags(tmp_path):
     model = small_model(9)
     save_statistics(model_statistics(model), tmp_path / "stats.yaml")
-    flags = f"--qe-stats-file {tmp_path}/stats.yaml --qe-scaled-concat --qe-embedding-bits 4"
+    flags = f"--qe-stats-file {tmp_path}/stats.yaml --qe-scaled-concat --qe-embedding-bits 4 --qe-per-channel-acts"
     prepared(model, flags, all_pairs(model))
     assert isinstance(model.final_concat, ScaledConcat)
+    assert model.mlp[0].has_output_scales
     assert isinstance(model.mf_item_embed, RowQuantizedEmbedding)
     assert not isinstance(model.mf_item_embed, QuantizedEmbedding)
     with pytest.raises(InputError, match="--qe-scaled-concat"):
         PostTrainLinearQuantizer(model, scaled_concat="yes")
+    with pytest.raises(InputError, match="--qe-per-channel-acts"):
+        PostTrainLinearQuantizer(model, per_channel_acts=1)

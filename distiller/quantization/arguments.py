@@ -103,6 +103,11 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
         help="the final layer's inputs keep a scale each, which go into its weights",
     )
     add(
+        "--qe-per-channel-acts",
+        action="store_true",
+        help="a scale per output feature of a Linear's ReLU too, which goes into the next Linear's weights",
+    )
+    add(
         "--qe-embedding-bits",
         type=int,
         choices=EMBEDDING_BITS,

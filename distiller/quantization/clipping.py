@@ -48,6 +48,9 @@ ACIQ_ALPHA = {
     },
 }
 ACIQ_MAX_BITS = 8
+# Of a layer's range. A column that hardly ever fires may fire harder for users that were not calibrated on; and what
+# such a column saves in rounding is a 16th of a level of the layer.
+NARROWEST_COLUMN = 1 / 16
 
 
 def required_statistics(clip: ClipMode, symmetric: bool) -> tuple[str, ...]:
@@ -112,6 +115,19 @@ def clip_range(
         return -reach, reach
     low = torch.maximum(float32(statistics["avg_min"]), mean - alpha)
     return low, low + (alpha if half_range else 2 * alpha)
+
+
+def column_reach(column_max: Tensor, high: Tensor) -> Tensor:
+    """How far the range of every column of a ReLU's output reaches from 0.
+
+    Args:
+        column_max: (C,) float32, the largest calibrated value of each.
+        high: (1,), the upper bound that ``clip_range`` found for all of them, which cuts columns off too.
+
+    Returns:
+        (C,) float32; nothing less than ``NARROWEST_COLUMN`` of ``high``.
+    """
+    return torch.maximum(torch.minimum(column_max, high), NARROWEST_COLUMN * high)
 
 
 def _range_of_histogram(

@@ -1,7 +1,8 @@
 """Linear layers of a prepared model on 8-bit integers with 32-bit sums, equal to what its wrappers simulate in floats.
 
 The wrappers' integers q are whole numbers in float32. Products take them as codes, which are int8: a code is q - s,
-with a shift s that moves unsigned integers into int8's range. Shapes: N rows, K input features, M output features.
+with a shift s that moves unsigned integers into int8's range. Inputs of 9 to 16 bits are two codes, x = 256 h + l, and
+two products. Shapes: N rows, K input features, M output features.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 
 from ..hardware import cpu_has
 from .linear import QuantParams, approximate_scale, dequantize, quantize
-from .settings import MAX_BITS
 from .wrappers import (
     ACCUMULATOR_BITS,
     EXACT_IN_FLOAT32,
@@ -28,28 +28,25 @@ from .wrappers import (
     saturate,
 )
 
-BITS = 8  # of what is multiplied for every pair
+BITS = 8  # of a code
+DIGIT = 1 << BITS  # what the higher of two codes counts
 SCALES_AT_ONCE = 1 << 14  # 16 MB for 256 levels of each
 # torch._int_mm on CUDA wants more than 16 rows, and K and M in eights. AMX works in sixteens: on two cores 4000 x 256
 # took 0.159 ms by 136 columns, 0.133 by 144 and 0.126 by 128 (2026-11-23).
 MIN_ROWS, MULTIPLE = 17, 16
 LARGEST_SUM = 1 << 31
-# Codes and offsets are at most 128 in magnitude, so that each of the four terms of a product is at most 2^14.
-LARGEST_TERM = 1 << 16
 EXACT_FEATURES = EXACT_IN_FLOAT32 >> 14  # whose products of codes float32 adds without error
 
 
 class NotIntegerError(ValueError):
-    """What 8-bit integers and 32-bit sums cannot compute; the message says why."""
+    """What 32-bit sums of products of integers cannot compute; the message says why."""
 
 
-def require_levels(name: str, params: QuantParams, bits: int = MAX_BITS) -> None:
-    """Raise a ``NotIntegerError`` unless these are so many bits or fewer, all told apart in float32.
+def require_levels(name: str, params: QuantParams) -> None:
+    """Raise a ``NotIntegerError`` unless all of these integers are told apart in float32.
 
     The wrappers hand on floats and quantize them again. That changes nothing wherever this does not raise.
     """
-    if params.q_max - params.q_min >= 1 << bits:
-        raise NotIntegerError(f"layer {name} has more than {bits} bits")
     q = torch.arange(params.q_min, params.q_max + 1, dtype=torch.float32, device=params.scale.device)
     columns = zip(
         *(x.reshape(-1, 1).split(SCALES_AT_ONCE) for x in (params.scale, params.zero_point)), strict=True
@@ -60,9 +57,27 @@ def require_levels(name: str, params: QuantParams, bits: int = MAX_BITS) -> None
             raise NotIntegerError(f"layer {name} has a range that float32 does not tell its levels apart in")
 
 
-def code_shift(q_min: int) -> int:
-    """What to take from integers that start at ``q_min`` so that they fit int8."""
-    return 128 if q_min == 0 else 0
+def levels_of(params: QuantParams) -> int:
+    """How many integers there are."""
+    return params.q_max - params.q_min + 1
+
+
+def code_shift(q_min: int, levels: int) -> int:
+    """What to take from so many integers that start at ``q_min``, so that they are codes or two codes each."""
+    middle = levels // 2 if q_min == 0 else 0
+    if levels <= DIGIT:
+        return DIGIT // 2 if middle else 0
+    return middle + DIGIT // 2  # since the lower code starts at -128
+
+
+def largest_terms(levels: int) -> int:
+    """What a feature of so many integers adds at most to the terms of a product.
+
+    In magnitude, the codes and offsets of a weight are at most 128, those of an input half its levels, and 128 more if
+    there are two codes of it.
+    """
+    reach = DIGIT // 2 if levels <= DIGIT else levels // 2 + DIGIT // 2
+    return 4 * reach * (DIGIT // 2)
 
 
 def zero_point_of(params: QuantParams, columns: slice) -> float:
@@ -93,11 +108,11 @@ def code_product(codes: Tensor, weight: Tensor) -> Tensor:
 class IntegerProduct:
     """What some of a quantized linear layer's input features add to its sums: (q_x + zp_x) . (q_w + zp_w).
 
-    With codes x = q_x - s and w = q_w - t, and offsets a = zp_x + s and b = zp_w + t, that is
+    With x = q_x - s and w = q_w - t, and offsets a = zp_x + s and b = zp_w + t, that is
 
         (x + a) . (w + b) = x . w + b sum(x) + a sum(w) + K a b.
 
-    The last two terms are constant.
+    The last two terms are constant. w is a code; x is one or, of more than 8 bits, 256 h + l of two.
 
     Args:
         linear: The layer.
@@ -107,17 +122,18 @@ class IntegerProduct:
     """
 
     def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool, dtype: torch.dtype):
-        inputs, (w_min, _) = linear.fixed_input(0), linear.weight_range
-        self._shift = code_shift(inputs.q_min)
-        weight = (linear.weight[:, columns].int() - code_shift(w_min)).to(torch.int8)
+        inputs, (w_min, w_max) = linear.fixed_input(0), linear.weight_range
+        levels, w_shift = levels_of(inputs), code_shift(w_min, w_max - w_min + 1)
+        self._wide, self._shift = levels > DIGIT, code_shift(inputs.q_min, levels)
+        weight = (linear.weight[:, columns].int() - w_shift).to(torch.int8)
         self._outputs, depth = weight.shape
         a = int(zero_point_of(inputs, columns)) + self._shift
-        b = linear.w_zero_point.int() + code_shift(w_min)
+        b = linear.w_zero_point.int() + w_shift
         constant = a * weight.sum(1, dtype=torch.int32) + depth * a * b
         if bias and linear.bias is not None:
             constant += linear.bias.int()
         # The terms may be larger than their sum is.
-        largest = depth * LARGEST_TERM + constant.abs().max().item()
+        largest = depth * largest_terms(levels) + constant.abs().max().item()
         self._dtype, self._term_dtype = dtype, dtype if largest <= EXACT_IN_FLOAT32 else torch.int32
         self._constant = constant.to(self._term_dtype)
         self._row_offset = b.to(self._term_dtype) if b.any() else None
@@ -129,14 +145,27 @@ class IntegerProduct:
         """(N, M) of (N, K) whole numbers in float32, which are overwritten."""
         if self._shift:
             q.sub_(self._shift)
-        # Compiled, float32 to int8 at once takes 0.45 ms, by way of int32 0.39 (4000 x 256, with its sums).
-        codes = (q.to(torch.int32) if torch.compiler.is_compiling() else q).to(torch.int8)
-        if self._padding:
-            codes = F.pad(codes, (0, self._padding))
-        sums = code_product(codes, self._weight)[:, : self._outputs].to(self._term_dtype) + self._constant
+        sums = self._product(q).to(self._term_dtype) + self._constant
         if self._row_offset is not None:
             sums.addcmul_(q.sum(1, keepdim=True).to(self._term_dtype), self._row_offset)
         return sums.to(self._dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(N, M) int32, the first term."""
+        if self._wide:
+            integers = x.to(torch.int32)
+            low = self._code_product(integers)  # whose last byte is the lower code
+            return low.add_(
+                self._code_product(integers.add_(DIGIT // 2).bitwise_right_shift_(BITS)), alpha=DIGIT
+            )
+        # Compiled, float32 to int8 at once takes 0.45 ms, by way of int32 0.39 (4000 x 256, with its sums).
+        return self._code_product(x.to(torch.int32) if torch.compiler.is_compiling() else x)
+
+    def _code_product(self, x: Tensor) -> Tensor:
+        codes = x.to(torch.int8)
+        if self._padding:
+            codes = F.pad(codes, (0, self._padding))
+        return code_product(codes, self._weight)[:, : self._outputs]
 
 
 class WideProduct:
@@ -213,7 +242,7 @@ class Requantizer:
             self._factor = self.factor_of(scale)
             require_finite(name, self._factor)
         self._bits = bits
-        self._zero_point = output.zero_point.item()
+        self._zero_point = zero_point_of(output, slice(None))
         # All of this rises with the sum, so that a ReLU before it is a bound on what comes out.
         self._low = max(output.q_min, -self._zero_point) if layer.fused_relu else output.q_min
         self._high = output.q_max
@@ -291,11 +320,11 @@ class IntegerLinear:
         widths: Input features of each of the inputs.
         rescalers: Of each of the inputs, where what puts them side by side brings them to a scale in common.
         relu: What reads the layer's output, and its name, where the layer does not apply it itself.
-        wide: Its inputs may have more than 8 bits: it is not computed for every pair.
+        wide: It is not computed for every pair, so that weights may have more than 8 bits too.
 
     Raises:
-        NotIntegerError: more than 8 bits, sums that 32 bits may not hold, or ranges or factors between scales that
-            float32 does not.
+        NotIntegerError: weights of more than 8 bits, sums that 32 bits may not hold, or ranges or factors between
+            scales that float32 does not.
     """
 
     def __init__(
@@ -308,12 +337,13 @@ class IntegerLinear:
         wide: bool = False,
     ):
         (low, high), inputs = linear.weight_range, linear.fixed_input(0)
-        if high - low >= 1 << BITS:
-            raise NotIntegerError(f"layer {name} has more than {BITS} bits")
-        require_levels(name, inputs, MAX_BITS if wide else BITS)
-        wide = inputs.q_max - inputs.q_min >= 1 << BITS
+        if high - low >= 1 << BITS and not wide:
+            raise NotIntegerError(f"layer {name} has weights of more than {BITS} bits")
+        require_levels(name, inputs)
+        levels = levels_of(inputs)
+        wide = wide and max(high - low + 1, levels) > DIGIT
         largest_bias = 0 if linear.bias is None else linear.bias.abs().max().item()
-        largest = linear.largest_sum if wide else sum(widths) * LARGEST_TERM + largest_bias
+        largest = linear.largest_sum if wide else sum(widths) * largest_terms(levels) + largest_bias
         if not largest < LARGEST_SUM:
             raise NotIntegerError(f"layer {name} has sums that 32 bits may not hold")
         self._rescalers = rescalers

@@ -27,6 +27,7 @@ from .statistics import (
     Statistics,
     check_statistics,
     clip_to_consumers,
+    columns_of_text,
     consumer_bounds,
     load_statistics,
     save_statistics,
@@ -79,6 +80,8 @@ class PostTrainLinearQuantizer:
             ``float_bias``.
         scaled_concat: A concatenation of tensors with a scale each that feeds one Linear keeps these scales, which go
             into the Linear's weight.
+        per_channel_acts: A scale per output feature of a Linear that applies a ReLU, in place of one per layer, where
+            all that reads it can fold these scales: a Linear, or a concatenation that keeps scales.
         embedding_bits: 4 or 8: embedding tables of so many bits, with a scale for every row, in place of one of
             ``bits_parameters`` with one scale for all.
         fuse_relu: Let a layer whose output feeds one ReLU apply it to its accumulator, and cut outputs' ranges to what
@@ -104,6 +107,7 @@ class PostTrainLinearQuantizer:
         scale_approx_mult_bits: int | None = None,
         save_fp_weights: bool = False,
         scaled_concat: bool = False,
+        per_channel_acts: bool = False,
         embedding_bits: int | None = None,
         fuse_relu: bool = True,
     ):
@@ -113,6 +117,7 @@ class PostTrainLinearQuantizer:
         for flag, value in (
             ("--qe-per-channel (per_channel_wts)", per_channel_wts),
             ("--qe-scaled-concat (scaled_concat)", scaled_concat),
+            ("--qe-per-channel-acts (per_channel_acts)", per_channel_acts),
             ("fuse_relu", fuse_relu),
         ):
             if not isinstance(value, bool):
@@ -139,6 +144,7 @@ class PostTrainLinearQuantizer:
         self._calibrated = self.statistics  # as they were before ``prepare_model`` cuts them
         self.save_fp_weights = save_fp_weights
         self.scaled_concat = scaled_concat
+        self.per_channel_acts = per_channel_acts
         self.embedding_bits = embedding_bits
         self.fuse_relu = fuse_relu
 
@@ -178,6 +184,7 @@ class PostTrainLinearQuantizer:
             scale_approx_mult_bits=args.qe_scale_approx_bits,
             save_fp_weights=args.qe_save_fp_weights,
             scaled_concat=args.qe_scaled_concat,
+            per_channel_acts=args.qe_per_channel_acts,
             embedding_bits=args.qe_embedding_bits,
         )
 
@@ -222,6 +229,7 @@ class PostTrainLinearQuantizer:
             "scale_approx_mult_bits": request.scale_approx_mult_bits,
             "save_fp_weights": self.save_fp_weights,
             "scaled_concat": self.scaled_concat,
+            "per_channel_acts": self.per_channel_acts,
             "embedding_bits": self.embedding_bits,
             "fuse_relu": self.fuse_relu,
         }
@@ -345,7 +353,7 @@ class PostTrainLinearQuantizer:
         inputs, output = None, None
         if self.statistics is not None:
             inputs = self._input_params(name, module, activations, carried)
-            output = self._params(name, None, activations, fused)
+            output = self._params(name, None, activations, fused, self._has_scale_per_channel(name))
             if self._keeps_scales(name):
                 widths = [self.widths[source] for source in self.graph[name].inputs]
                 return ScaledConcat(activations, inputs, params_of_columns(inputs, widths))
@@ -388,7 +396,7 @@ class PostTrainLinearQuantizer:
     def _keeps_scales(self, name: str) -> bool:
         """Whether a module is a concatenation whose inputs keep their scales: its one consumer can fold them."""
         module, call = self.modules[name], self.graph[name]
-        consumer = call.consumers[0] if len(call.consumers) == 1 else None
+        consumer = self._only_consumer(name)
         return (
             self.scaled_concat
             and isinstance(module, Concat)
@@ -399,13 +407,35 @@ class PostTrainLinearQuantizer:
             and all(self.widths.get(source) for source in call.inputs)
         )
 
+    def _has_scale_per_channel(self, name: str) -> bool:
+        """Whether a module is a Linear that applies its ReLU, and what reads that can fold its columns' scales."""
+        if not (self.per_channel_acts and name in self.fused and _is_linear(self.modules[name])):
+            return False
+        reader = self._only_consumer(self._only_consumer(name))
+        return reader is not None and (_is_linear(self.modules[reader]) or self._keeps_scales(reader))
+
+    def _only_consumer(self, name: str) -> str | None:
+        """The one module that reads a module's output; None where there are several, or other uses."""
+        consumers = self.graph[name].consumers
+        return consumers[0] if len(consumers) == 1 else None
+
     def _params(
-        self, name: str, position: int | None, activations: ActivationSettings, half_range: bool
+        self,
+        name: str,
+        position: int | None,
+        activations: ActivationSettings,
+        half_range: bool,
+        by_column: bool = False,
     ) -> QuantParams:
         keys = required_statistics(activations.clip, activations.mode.symmetric)
-        statistics = tensor_statistics(self.statistics, name, position, keys)
+        statistics = tensor_statistics(
+            self.statistics, name, position, (*keys, "column_max") if by_column else keys
+        )
         with _statistics_of(name):
-            return activations.params(statistics, half_range)
+            column_max = columns_of_text(statistics["column_max"]) if by_column else None
+            if by_column and len(column_max) != self.widths[name]:
+                raise ValueError(f"column_max of {len(column_max)} columns, not {self.widths[name]}")
+            return activations.params(statistics, half_range, column_max)
 
     def _table_params(self, name: str, embedding: nn.Embedding, weights: WeightSettings) -> QuantParams:
         """Of an embedding's table: over its calibrated outputs, or over all of it where there are none."""

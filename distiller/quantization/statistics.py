@@ -1,7 +1,7 @@
 """Calibrated statistics of activations: the YAML file, and what fusing and clipping make of them.
 
 A file has an entry per leaf module: ``inputs``, by position, and ``output``, each a map of min, max, avg_min,
-avg_max, mean, std, b, shape and, of floating point values, histogram.
+avg_max, mean, std, b, shape and, of floating point values, column_max (a text of numbers) and histogram.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from ..cli import InputError
 from ..files import atomic_write, read_yaml
@@ -68,12 +68,33 @@ def _problem(entry: object) -> str | None:
             value = tensor.get(key, 0.0)
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
                 return f"{name}: {key}: {str(value)[:40]} is not a number that float32 holds"
-        try:
-            if "histogram" in tensor:
-                Histogram.from_plain(tensor["histogram"])
-        except ValueError as error:
-            return f"{name}: histogram: {error}"
+        for key, read in (("histogram", Histogram.from_plain), ("column_max", columns_of_text)):
+            try:
+                if key in tensor:
+                    read(tensor[key])
+            except ValueError as error:
+                return f"{name}: {key}: {error}"
     return None
+
+
+def text_of_columns(values: Tensor) -> str:
+    """(C,) float32 as a text that ``columns_of_text`` reads back without loss."""
+    return " ".join(f"{value:.9g}" for value in values.tolist())
+
+
+def columns_of_text(text: object) -> Tensor:
+    """(C,) float32 from a text of C numbers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        values = torch.tensor([float(number) for number in str(text).split()])
+    except ValueError as error:
+        raise ValueError(f"not all numbers: {error}") from error
+    if not len(values) or not values.isfinite().all():
+        raise ValueError("not all numbers that float32 holds")
+    return values
 
 
 def save_statistics(statistics: Statistics, path: str | os.PathLike, comment: str = "") -> None:
@@ -105,7 +126,7 @@ def tensor_statistics(
         raise InputError(f"{FLAG}: layer {layer} has no statistics of its {name}")
     for key in keys:
         if key not in tensor:
-            raise InputError(f"{FLAG}: layer {layer}: its {name} has no {key}, which this clip mode needs")
+            raise InputError(f"{FLAG}: layer {layer}: its {name} has no {key}, which these settings need")
     return tensor
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .clipping import ClipMode, clip_range, measure
+from .clipping import ClipMode, clip_range, column_reach, measure
 from .linear import (
     LinearQuantMode,
     QuantParams,
@@ -53,9 +53,17 @@ class ActivationSettings:
     n_stds: float | None = None
     scale_bits: int | None = None
 
-    def params(self, statistics: dict, half_range: bool = False) -> QuantParams:
-        """Scale and zero point from a tensor's statistics. Zero points come from the scale before its cut."""
+    def params(
+        self, statistics: dict, half_range: bool = False, column_max: Tensor | None = None
+    ) -> QuantParams:
+        """Scale and zero point from a tensor's statistics: (1,), or, of a ReLU's output, (C,) by columns' maxima (C,).
+
+        Zero points come from the scale before its cut.
+        """
         low, high = clip_range(statistics, self.clip, self.mode, self.bits, self.n_stds, half_range)
+        if column_max is not None:
+            high = column_reach(column_max, high)
+            low = torch.zeros_like(high)
         exact = params_of_range(low, high, self.bits, self.mode)
         scale = approximate_scale(exact.scale, self.scale_bits)
         return QuantParams(scale, exact.zero_point, exact.q_min, exact.q_max)
@@ -366,6 +374,11 @@ class QuantizedLinear(AccumulatingModule):
     def all_params(self) -> dict[str, QuantParams]:
         weight = QuantParams(self.w_scale, self.w_zero_point, *self.weight_range)
         return super().all_params() | {"weight": weight}
+
+    @property
+    def has_output_scales(self) -> bool:
+        """Whether every output feature has a scale of its own."""
+        return not self.dynamic and self.fixed_output.scale.numel() > 1
 
     def _accumulator_scale(self, input_scale: Tensor) -> Tensor:
         scale = self.w_scale if self.folded else input_scale * self.w_scale
