@@ -416,8 +416,10 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
     """Evaluate in FP32, in half precision, or quantized; a model that is quantized here is kept."""
     checkpoint = load_checkpoint(args.load)
     quantizer = None
-    if args.qe_report and not recording.has_matplotlib():
-        log.warning("--qe-report without pictures, which matplotlib draws: pip install matplotlib")
+    if args.qe_report:
+        report_on = calibration_pass(args, split, device, args.qe_report)
+        if not recording.has_matplotlib():
+            log.warning("--qe-report without pictures, which matplotlib draws: pip install matplotlib")
     if "quantizer" in checkpoint:
         quantizer = load_quantized(args, checkpoint, split, device)
     else:
@@ -443,11 +445,12 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
         recording.write_ranks(directory, ranks)
     log.info("Initial %s, val_time = %.2f", metrics_of_ranks(ranks, args.topk), val_time)
     if args.qe_report:
-        report_losses(args, original.to(device), quantizer, split, device, directory)
+        report_losses(args, report_on, original.to(device), quantizer, split, device, directory)
 
 
 def report_losses(
     args: Namespace,
+    test_fn: TestFunction,
     original: NeuMF,
     quantizer: PostTrainLinearQuantizer,
     split: Split,
@@ -455,7 +458,6 @@ def report_losses(
     directory: Path,
 ) -> None:
     """Say where quantization loses accuracy: on the screen, as a CSV file and, where matplotlib is, as pictures."""
-    test_fn = calibration_pass(args, split, device, args.qe_report)
     nb_users = first_users(split, args.qe_report)
     losses = report.measure_losses(original, quantizer, test_fn, split, nb_users, args.topk, device)
     log.info("%s", report.table(losses))

@@ -234,6 +234,19 @@ def test_weights_that_hold_their_inputs_scales_are_compared_as_they_were():
     assert found["final_concat", "output"].sqnr == pytest.approx(found["final", "input 0"].sqnr)
 
 
+def test_scales_per_output_feature():
+    """Their mean, and each feature's error by its own: no worse than with one for all."""
+    found, _ = neumf_errors(per_channel_acts=True)
+    whole, _ = neumf_errors()
+    channels, one = (x["mlp.0", "output"] for x in (found, whole))
+    assert channels.scale > one.scale
+    assert channels.zero_point is None
+    assert channels.sqnr > one.sqnr
+    assert channels.saturated == 0
+    assert (channels.min, channels.max) == (one.min, one.max)
+    assert found["mlp.1", "weight"].sqnr > 30
+
+
 def test_rows_with_scales_of_their_own():
     """The table's mean scale; who reads the rows has the mean of those that it read."""
     found, model = neumf_errors(embedding_bits=4)

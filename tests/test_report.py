@@ -33,6 +33,7 @@ VARIANTS = [
         [*EMBEDDINGS, "mlp_concat", "mlp_relu.0", "mlp.1", "final", "sigmoid"],
     ),
     (["--qem", "asym_u", "--qe-scaled-concat", "--qepc"], UNSPLIT),
+    (["--qem", "asym_u", "--qe-scaled-concat", "--qe-per-channel-acts"], UNSPLIT),
     (["--qe-embedding-bits", "4"], UNSPLIT),
     (["--qeba", "16", "--qebw", "16", "--qeca", "mse"], UNSPLIT),
     (["--qeba", "1", "--qebw", "2"], UNSPLIT),
@@ -247,3 +248,19 @@ def test_report_of_another_evaluation_does_not_stay(ncf, split_dir, quantize_eva
     sizes = ["--layers", "8", "6", "4", "-f", "4"]
     assert ncf(split_dir, *sizes, "-e", 1, "-s", 1, "-o", "a", "--overwrite").code == 0
     assert not FILES & {path.name for path in Path("a").iterdir()}
+
+
+def test_too_few_training_pairs_are_an_error_before_anything_is_evaluated(ncf, convert):
+    """A batch of them is as large as a user's list."""
+    rows = [f"{user},{item},5,{100 * user + item}" for user in range(3) for item in range(user, user + 20)]
+    Path("ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows]) + "\n")
+    assert convert("ratings.csv", "few", "-n", 400).code == 0
+    sizes = ["-f", 2, "--layers", 4, 2]
+    assert ncf("few", *sizes, "-e", 1, "-b", 4, "-o", "a").code == 0
+    flags = ["--quantize-eval", "--qe-dynamic", "--qe-report", 1, "--calibrate-on", "train"]
+    outcome = ncf("few", "--load", "a/best.pth.tar", *flags, "-o", "b")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(
+        "ncf.py: error: --calibrate-on train: fewer training pairs"
+    )
+    assert not Path("b").exists()
