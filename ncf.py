@@ -299,9 +299,10 @@ def calibration_pass(args: Namespace, split: Split, device: torch.device, share:
     """What scores ``share`` of the data asked for, in batches of as many pairs as a user has candidates."""
     if args.calibrate_on == "train":
         batches = TrainingBatches(split, split.nb_candidates, args.negative_samples, args.seed, device)
-        if batches.nb_samples < batches.batch_size:
+        if batches.nb_samples < split.nb_candidates:
             raise InputError(
-                f"--calibrate-on train: fewer training pairs than one batch of {batches.batch_size}"
+                f"--calibrate-on train: {batches.nb_samples} training pairs are fewer than one user's "
+                f"{split.nb_candidates} candidates, which a batch is to be of"
             )
         return partial(score_training_pairs, batches=batches, share=share)
     return partial(score_all, split=split, nb_users=first_users(split, share), device=device)

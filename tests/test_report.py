@@ -257,10 +257,8 @@ def test_too_few_training_pairs_are_an_error_before_anything_is_evaluated(ncf, c
     assert convert("ratings.csv", "few", "-n", 400).code == 0
     sizes = ["-f", 2, "--layers", 4, 2]
     assert ncf("few", *sizes, "-e", 1, "-b", 4, "-o", "a").code == 0
-    flags = ["--quantize-eval", "--qe-dynamic", "--qe-report", 1, "--calibrate-on", "train"]
-    outcome = ncf("few", "--load", "a/best.pth.tar", *flags, "-o", "b")
-    assert outcome.code == 2
-    assert outcome.err.splitlines()[-1].startswith(
-        "ncf.py: error: --calibrate-on train: fewer training pairs"
-    )
-    assert not Path("b").exists()
+    for flags in (["--quantize-eval", "--qe-dynamic", "--qe-report", 1], ["--qe-calibration", 1]):
+        outcome = ncf("few", "--load", "a/best.pth.tar", *flags, "--calibrate-on", "train", "-o", "b")
+        assert outcome.code == 2
+        assert outcome.err.splitlines()[-1].startswith("ncf.py: error: --calibrate-on train: 285 training")
+        assert not Path("b").exists()
