@@ -32,6 +32,8 @@ table: $(VENV)/installed
 	$(BIN)/python -m benchmarks.table "$(DATA)" --out "$(OUT)" --epochs $(EPOCHS) --seeds $(SEEDS)
 
 precision: SEEDS = 1 2 3 4 5
+precision: EPOCHS = 8
+precision: OUT = run/precision
 precision: $(VENV)/installed
 	@test -n "$(DATA)" || { echo 'make precision: DATA=ratings.csv or DATA=directory of a split' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.precision "$(DATA)" --out "$(OUT)" --epochs $(EPOCHS) --seeds $(SEEDS)

@@ -116,8 +116,8 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def protocol(split: Split, args: argparse.Namespace) -> str:
-    """What the figures mean and how they came about."""
+def protocol(split: Split, args: argparse.Namespace, epoch: str) -> str:
+    """What the figures mean and how they came about; ``epoch`` says which of the epochs the model is of."""
     drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
     spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
     return (
@@ -125,12 +125,12 @@ def protocol(split: Split, args: argparse.Namespace) -> str:
         f"({split.digest[:19]}). Leave one out; {split.negatives.shape[1]} negatives per user, drawn "
         f"{drawn[split.distinct_negatives]}; ties count against the test item. Layers "
         f"{' '.join(map(str, args.layers))}, {args.factors} factors, batch {args.batch_size}, learning rate "
-        f"{args.learning_rate}, the best of {args.epochs} epochs by HR@10, seeds "
+        f"{args.learning_rate}, {epoch} of {args.epochs} epochs, seeds "
         f"{' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {machine()}."
     )
 
 
-def build_parser(prog: str, description: str, out: str, seeds: list[int]) -> ArgumentParser:
+def build_parser(prog: str, description: str, out: str, seeds: list[int], epochs: int) -> ArgumentParser:
     """The parser of a table's command line.
 
     Args:
@@ -138,13 +138,14 @@ def build_parser(prog: str, description: str, out: str, seeds: list[int]) -> Arg
         description: What it does.
         out: The default of ``--out``.
         seeds: That of ``--seeds``.
+        epochs: That of ``--epochs``.
     """
     parser = ArgumentParser(prog=prog, description=description)
     add = parser.add_argument
     add("data", type=Path, help="ratings file, or directory of a split")
     add("--out", type=Path, default=Path(out), help="models, statistics, logs (default: %(default)s)")
     add("--overwrite", action="store_true", help="train anew, evaluate anew")
-    add("--epochs", type=int, default=20, help="(default: %(default)s)")
+    add("--epochs", type=int, default=epochs, help="(default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=seeds, help="a model for each (default: %(default)s)")
     add("--factors", type=int, default=64, help="(default: %(default)s)")
     add("--layers", type=int, nargs="+", default=[256, 256, 128, 64], help="(default: %(default)s)")

@@ -60,7 +60,7 @@ def markdown(figures: list[dict[Row, Figures]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    return recipe.build_parser("table.py", __doc__.split("\n\n")[0], "run/table", [1]).parse_args()
+    return recipe.build_parser("table.py", __doc__.split("\n\n")[0], "run/table", [1], 20).parse_args()
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     split = recipe.converted(args.data, args.out)
     figures = [figures_of_seed(split, args.out / f"seed-{seed}", seed, args) for seed in args.seeds]
-    print(f"{markdown(figures)}\n\n{recipe.protocol(load_split(split), args)}")
+    print(f"{markdown(figures)}\n\n{recipe.protocol(load_split(split), args, 'the best by HR@10')}")
 
 
 if __name__ == "__main__":

@@ -184,5 +184,6 @@ def test_ranges_of_columns():
     assert reach.tolist() == [1.0, 1.0, 2.0, 8.0, 16.0]
 
 
-def test_columns_of_a_layer_that_is_0():
-    assert column_reach(torch.zeros(3), torch.zeros(1)).tolist() == [0.0] * 3
+@pytest.mark.parametrize("high", [0.0, -2.0])
+def test_columns_of_a_layer_that_is_0(high):
+    assert column_reach(torch.tensor([0.0, 1.0, 2.0]), torch.tensor([high])).tolist() == [0.0] * 3

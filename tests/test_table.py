@@ -131,7 +131,7 @@ def test_table_has_every_row_and_its_protocol(made):
         digest,
         "999 negatives per user, drawn with replacement",
         "Layers 8 6 4, 4 factors, batch 1024, learning rate 0.01",
-        "the best of 1 epochs",
+        "the best by HR@10 of 1 epochs",
         "seeds 1.",
         "10 % of the test users",
         "torch 2.",

@@ -122,11 +122,13 @@ def column_reach(column_max: Tensor, high: Tensor) -> Tensor:
 
     Args:
         column_max: (C,) float32, the largest calibrated value of each.
-        high: (1,), the upper bound that ``clip_range`` found for all of them, which cuts columns off too.
+        high: (1,), the upper bound that ``clip_range`` found for all of them, which cuts columns off too. An assumed
+            distribution may have it below 0, which counts as 0.
 
     Returns:
         (C,) float32; nothing less than ``NARROWEST_COLUMN`` of ``high``.
     """
+    high = high.clamp(min=0)
     return torch.maximum(torch.minimum(column_max, high), NARROWEST_COLUMN * high)
 
 
