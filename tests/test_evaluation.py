@@ -17,9 +17,9 @@ import neumf
 from dataset import Split, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError
-from evaluation import evaluate, metrics_of_ranks, rank_last
+from evaluation import evaluate, first_places, metrics_of_ranks, place_last
 from neumf import NeuMF
-from scoring import PairScorer
+from scoring import Candidates, PairScorer
 
 
 class Table(nn.Module):
@@ -34,6 +34,11 @@ class Table(nn.Module):
         assert sigmoid, "candidates are scored with the final sigmoid"
         self.asked.append(len(user))
         return self.table[user, item].unsqueeze(1)
+
+
+def rank_last(items: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Ranks by the sampled protocol."""
+    return place_last(Candidates(items, scores, first_places(items))).ranks
 
 
 def make_split(negatives: list[list[int]], test_items: list[int], nb_items: int) -> Split:
