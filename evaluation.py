@@ -5,7 +5,7 @@ Shapes: U users, B users in a block, C = candidates per user: the negatives, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,19 +32,43 @@ class Metrics:
         k: The list's length.
         hr: Share of users whose test item is among the first k.
         ndcg: Mean of log 2 / log(rank + 2) over users, 0 where the rank is k or more.
+        mrr: Mean of 1 / (rank + 1), likewise.
     """
 
     k: int
     hr: float
     ndcg: float
+    mrr: float
 
     def __str__(self) -> str:
         return f"HR@{self.k} = {self.hr:.4f}, NDCG@{self.k} = {self.ndcg:.4f}"
 
 
 def metrics_of_ranks(ranks: Tensor, k: int) -> Metrics:
-    """HR@k and NDCG@k of (U,) integer ranks, 0 for the first place, in float64."""
-    return Metrics(k, (ranks < k).double().mean().item(), gains_of_ranks(ranks, k).mean().item())
+    """HR@k, NDCG@k and MRR@k of (U,) integer ranks, 0 for the first place, in float64."""
+    return Metrics(k, **{name: values.mean().item() for name, values in values_of_ranks(ranks, k).items()})
+
+
+def values_of_ranks(ranks: Tensor, k: int) -> dict[str, Tensor]:
+    """Every user's own hr, ndcg and mrr at k, (U,) float64 each."""
+    hits = (ranks < k).double()
+    return {"hr": hits, "ndcg": gains_of_ranks(ranks, k), "mrr": hits / (ranks + 1)}
+
+
+def describe(metrics: Sequence[Metrics]) -> str:
+    """HR and NDCG at one cut-off; at several of them MRR too, one cut-off after the other."""
+    if len(metrics) == 1:
+        return str(metrics[0])
+    return ", ".join(f"{at}, MRR@{at.k} = {at.mrr:.4f}" for at in metrics)
+
+
+def results_of(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """The same by name, for files: hr@k, ndcg@k and, at several cut-offs, mrr@k."""
+    results = {}
+    for at in metrics:
+        results |= {f"hr@{at.k}": at.hr, f"ndcg@{at.k}": at.ndcg}
+        results |= {f"mrr@{at.k}": at.mrr} if len(metrics) > 1 else {}
+    return results
 
 
 def gains_of_ranks(ranks: Tensor, k: int) -> Tensor:
@@ -147,6 +171,11 @@ def score_sampled(
 
 # What a test item is ranked against.
 RANKINGS = {"sampled": score_sampled, "full": score_catalogue}
+
+
+def nb_ranked(split: Split, ranking: str) -> int:
+    """How many candidates a user has at most, the test item among them."""
+    return split.nb_items if ranking == "full" else split.nb_candidates
 
 
 def place_last(candidates: Candidates, length: int = 0) -> Places:
@@ -254,5 +283,5 @@ def evaluate(
     processes: Processes | None = None,
     nb_users: int | None = None,
 ) -> Metrics:
-    """HR@k and NDCG@k over all users; arguments and errors are those of ``place_test_items``."""
+    """The metrics at k over all users, sampled; arguments and errors are those of ``place_test_items``."""
     return metrics_of_ranks(rank_test_items(scorer, split, k, device, processes, nb_users), k)
