@@ -124,7 +124,7 @@ def last_rows(users: np.ndarray, times: np.ndarray, nb_users: int) -> np.ndarray
 
 
 def draw_negatives(
-    candidates: UnseenItems, nb_negatives: int, seed: int, distinct: bool
+    candidates: UnseenItems, nb_negatives: int, seed: int | list[int], distinct: bool
 ) -> Iterator[np.ndarray]:
     """Yield negatives, (up to ``USERS_PER_BLOCK``, C) int64, user after user.
 
@@ -204,6 +204,8 @@ def convert(path: Path, out: Path, nb_negatives: int = 999, seed: int = 0, disti
     train_users = np.delete(ratings.users, test_rows).astype(id_dtype(nb_users))
     train_items = np.delete(ratings.items, test_rows).astype(id_dtype(nb_items))
     test_items = ratings.items[test_rows].astype(id_dtype(nb_items))
+    # By the same rule, of what is left.
+    validation_items = train_items[last_rows(train_users, np.delete(ratings.times, test_rows), nb_users)]
     user_ids, item_ids = ratings.user_ids, ratings.item_ids
     unrated = UnseenItems(ratings.users, ratings.items, nb_users, nb_items)
     del ratings
@@ -234,6 +236,7 @@ def convert(path: Path, out: Path, nb_negatives: int = 999, seed: int = 0, disti
             digest=file_digest(path),
             user_ids=user_ids,
             item_ids=item_ids,
+            validation_items=validation_items,
         )
         write_pickle(split, pickle_path)
     return split

@@ -26,7 +26,8 @@ PICKLE = "split.pickle"
 TRAIN, TEST, NEGATIVE = "train-ratings.csv", "test-ratings.csv", "test-negative.csv"
 CSV_FILES = (TRAIN, TEST, NEGATIVE)
 MAX_ITEMS = 1 << 28  # a model of more would not fit any memory
-FORMAT, VERSION = "neumf-split", 1
+FORMAT, VERSION = "neumf-split", 2
+WITHOUT_VALIDATION = 1  # the version before, which has no validation_items
 
 log = logging.getLogger("ncf")
 
@@ -48,6 +49,8 @@ class Split:
         digest: SHA-256 of the ratings file, or of the three CSV files.
         user_ids: (U,) int64, the ids in the ratings file; None where the split came from CSV files.
         item_ids: (I,) int64, likewise.
+        validation_items: (U,) unsigned integers, each user's last training item by time; None where the split came
+            from CSV files or is of a version before.
     """
 
     nb_users: int
@@ -61,6 +64,7 @@ class Split:
     digest: str
     user_ids: np.ndarray | None
     item_ids: np.ndarray | None
+    validation_items: np.ndarray | None = None
 
     @property
     def nb_candidates(self) -> int:
@@ -247,13 +251,14 @@ def read_pickle(path: Path) -> Split:
             raise InputError(f"{path}: not a whole split: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a split")
-    if content.get("version") != VERSION:
-        raise InputError(
-            f"{path}: version {content.get('version')!r} of the format, this program reads {VERSION}"
-        )
+    version = content.get("version")
+    if type(version) is not int or version not in (WITHOUT_VALIDATION, VERSION):
+        raise InputError(f"{path}: version {version!r} of the format, this program reads {VERSION}")
     names = {field.name for field in fields(Split)}
+    if version == WITHOUT_VALIDATION:
+        names -= {"validation_items"}
     if content.keys() - {"format", "version"} != names:
-        raise InputError(f"{path}: not a whole split: its parts are not those of version {VERSION}")
+        raise InputError(f"{path}: not a whole split: its parts are not those of version {version}")
     split = Split(**{name: content[name] for name in names})
     check_split(split, path)
     return split
@@ -280,7 +285,10 @@ def check_split(split: Split, where: Path) -> None:
         all(type(count) is int and count >= 2 for count in (split.nb_users, split.nb_items)),
         f"{split.nb_users!r} users and {split.nb_items!r} items, a split has at least 2 of each",
     )
-    for name, ndim in (("train_users", 1), ("train_items", 1), ("test_items", 1), ("negatives", 2)):
+    arrays = {"train_users": 1, "train_items": 1, "test_items": 1, "negatives": 2}
+    if split.validation_items is not None:
+        arrays["validation_items"] = 1
+    for name, ndim in arrays.items():
         array = getattr(split, name)
         ids = (
             isinstance(array, np.ndarray)
@@ -303,7 +311,8 @@ def check_split(split: Split, where: Path) -> None:
         value = getattr(split, name)
         require(type(value) in kinds, f"{name} is {value!r}")
     require(split.train_users.shape == split.train_items.shape, "training users and items differ in number")
-    for name, array in (("test items", split.test_items), ("negatives", split.negatives)):
+    for name in arrays.keys() - {"train_users", "train_items"}:
+        array, name = getattr(split, name), name.replace("_", " ")
         require(len(array) == split.nb_users, f"{name} of {len(array)} users, of {split.nb_users}")
     training = np.bincount(split.train_users, minlength=split.nb_users)
     require(training.min() > 0, f"user {training.argmin()} has no training item")

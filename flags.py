@@ -16,6 +16,7 @@ from distiller.cli import ArgumentParser, InputError
 from distiller.files import read_yaml
 from distiller.quantization import add_post_train_quant_args
 from distiller.quantization.arguments import portion
+from evaluation import RANKINGS
 from step import PRECISIONS
 
 PROG = "ncf.py"
@@ -23,7 +24,7 @@ AddArgument = Callable[..., Action]
 # Far beyond any use, and short of what takes all memory before anything can be said of it.
 MAX_SIZE, MAX_WIDTH, MAX_NEGATIVE_SAMPLES = 1 << 31, 1 << 16, 1000
 # What a resumed run does not take over from the settings it began with.
-OF_EACH_START = {"data", "out_dir", "resume", "overwrite", "load", "reset_optimizer", "max_steps"}
+OF_EACH_START = {"data", "out_dir", "resume", "overwrite", "load", "reset_optimizer", "max_steps", "report"}
 
 
 def build_parser() -> ArgumentParser:
@@ -101,6 +102,11 @@ def add_training_flags(add: AddArgument) -> None:
     add("-s", "--seed", type=int, help="of initial weights and of samples (default: drawn, and recorded)")
     add("-t", "--threshold", type=float, metavar="HR", help="stop training once HR@K reaches this")
     add("--max-steps", **number, help="stop training after N steps, evaluate and save")
+    add(
+        "--validate",
+        action="store_true",
+        help="hold out the item before the last too, choose the best epoch by it, and evaluate that one on the last",
+    )
     add("--reset-optimizer", action="store_true", help="with --load: a fresh optimizer, and epochs from 0")
     add(
         "--resume",
@@ -119,7 +125,29 @@ def add_training_flags(add: AddArgument) -> None:
 def add_evaluation_flags(add: AddArgument) -> None:
     add("--eval", "--evaluate", dest="evaluate", action="store_true", help="evaluate; no training")
     add("--eval-fp16", action="store_true", help="evaluate in half precision; no training")
-    add("-k", "--topk", type=int, default=10, metavar="K", help="of HR@K and NDCG@K (default: %(default)s)")
+    add(
+        *("-k", "--topk"),
+        type=int,
+        nargs="+",
+        default=[10],
+        dest="cutoffs",
+        metavar="K",
+        help="of HR@K and NDCG@K; several for MRR@K too, of which the first decides which epoch is the best and all "
+        "else that takes one (default: 10)",
+    )
+    add(
+        "--ranking",
+        choices=RANKINGS,
+        default="sampled",
+        help="rank test items against their negatives, or against every item that the user has not trained on "
+        "(default: %(default)s)",
+    )
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE.json",
+        help="with --evaluate or --validate: metrics, ties and intervals, and what they rest on, for compare.py",
+    )
     add(
         *("--activation-histograms", "--act-hist"),
         type=portion,
@@ -199,6 +227,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         for name, value in read_config(args).items():
             if name in vars(args) and name not in args.given | OF_EACH_START:
                 setattr(args, name, value)
+    args.topk = args.cutoffs[0]
     check_args(args)
     if args.seed is None:
         args.seed = secrets.randbelow(1 << 32)
@@ -222,8 +251,9 @@ def read_config(args: Namespace) -> dict[str, Any]:
     if not all((directory / name).is_file() for name in (recording.CHECKPOINT, recording.CONFIG)):
         raise InputError(f"--resume: {directory} holds no run to go on with")
     try:
-        return dict(json.loads((directory / recording.CONFIG).read_text()))
-    except (ValueError, TypeError) as error:
+        config = dict(json.loads((directory / recording.CONFIG).read_text()))
+        return {"cutoffs": [config["topk"]]} | config  # of runs from before there were several
+    except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"--resume: {directory / recording.CONFIG}: {error}") from error
 
 
@@ -235,7 +265,8 @@ def check_args(args: Namespace) -> None:
         ("-f/--factors", args.factors, 1, MAX_WIDTH),
         ("--layers", max(args.layers), 1, MAX_WIDTH),
         ("-n/--negative-samples", args.negative_samples, 1, MAX_NEGATIVE_SAMPLES),
-        ("-k/--topk", args.topk, 1, MAX_SIZE),
+        ("-k/--topk", min(args.cutoffs), 1, MAX_SIZE),
+        ("-k/--topk", max(args.cutoffs), 1, MAX_SIZE),
         ("-p/--processes", args.processes, 1, MAX_SIZE),
         ("--max-steps", args.max_steps, 1, MAX_SIZE),
         ("--log-freq", args.log_freq, 1, MAX_SIZE),
@@ -248,6 +279,8 @@ def check_args(args: Namespace) -> None:
         raise InputError(f"-l/--learning-rate must be above 0, not {args.learning_rate}")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"-t/--threshold must be above 0 and at most 1, not {args.threshold}")
+    if len(set(args.cutoffs)) < len(args.cutoffs):
+        raise InputError(f"-k/--topk: {' '.join(map(str, args.cutoffs))} has a number twice")
     neumf.check_sizes(1, 1, args.factors, args.layers)
     check_combination(args)
 
@@ -281,6 +314,7 @@ def check_combination(args: Namespace) -> None:
             "threshold",
             "compress",
             "param_hist",
+            "validate",
         ):
             if name in args.given:
                 raise InputError(f"--{name.replace('_', '-')} is for training, which {asked[0]} does not do")
@@ -297,7 +331,27 @@ def check_combination(args: Namespace) -> None:
     ):
         if given and "precision" in args.given:
             raise InputError(f"--precision and {flag} exclude each other")
+    sampled = {"--qe-auto": args.qe_auto, "--qe-report": args.qe_report}
+    sampled |= {"--qe-calibration": args.qe_calibration, "--act-hist": args.activation_histograms}
+    for flag, given in sampled.items():
+        if given and args.ranking != "sampled":
+            raise InputError(f"--ranking {args.ranking}: {flag} looks at the sampled candidates")
+    check_report(args, bool(evaluates or (args.validate and not asked)))
     check_quantization(args)
+
+
+def check_report(args: Namespace, evaluates: bool) -> None:
+    """Raise an ``InputError`` for a ``--report`` that nothing is evaluated for, or that cannot be written."""
+    if args.report is None:
+        return
+    if not evaluates:
+        raise InputError("--report needs --evaluate, --quantize-eval, --eval-fp16 or --validate")
+    if args.report.suffix != ".json":
+        raise InputError(
+            f"--report: {args.report} does not end in .json; the users' file beside it ends in .npz"
+        )
+    if not args.report.parent.is_dir() or args.report.is_dir():
+        raise InputError(f"--report: {args.report} is not a file in a directory")
 
 
 def lacks_source(args: Namespace) -> bool:

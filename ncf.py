@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 import sys
-import time
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -32,7 +31,7 @@ from distiller.quantization.statistics import foreign_statistics, save_statistic
 from distiller.quantization.train_aware import without_ranges
 from distiller.quantization.wrappers import QuantizedLinear, RowQuantizedEmbedding, ScaledConcat
 from distiller.schedule import CompressionSchedule, load_schedule
-from evaluation import first_users, metrics_of_ranks, rank_test_items, score_all
+from evaluation import first_users, nb_ranked, score_all
 from flags import PROG, asks_for_split, lacks_source, parse_args
 from loading import dummy_input, load_model, load_quantized, quantizer_as_trained, restore_rounding
 from neumf import NeuMF
@@ -42,10 +41,15 @@ from processes import Processes, join_processes, leave_processes, local_rank
 from sampling import TrainingBatches
 from scoring import PairScorer, Scorer, float_scorer
 from step import Step, native_bf16, why_not_compiled
+from testing import computation, evaluate_best, evaluate_scorer, training_of, warn_of_validation_items
 from training import Progress, Stop, Trainer, score_training_pairs
+from validation import validation_split
 
 # Where compiling, 10 s at first and 3 s once cached, saves as much: 0.2 us a pair on two Xeon cores (2026-11-23).
 PAIRS_WORTH_COMPILING = 40_000_000
+
+# What runs have that were begun before there was a choice.
+OF_THE_METRICS = {"ranking": "sampled", "validate": False}
 
 log = logging.getLogger("ncf")
 
@@ -112,6 +116,10 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
     if progress.epoch >= args.epochs:
         raise InputError(f"-e/--epochs: {start} already has {progress.epoch} epochs, {args.epochs} asked for")
 
+    seen = split
+    if args.validate:
+        seen = validation_split(split, args.data)
+        warn_of_validation_items(checkpoint, start)
     processes.agree(None)  # no file changes before all have read
     with open_recorder(args, device, processes) as recorder:
         compiled = choose_compilation(args, device)
@@ -122,20 +130,23 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
         config = resolved_config(args, split, device, model) | {"compiled": compiled}
         if recorder is not None:
             recording.write_config(recorder.directory, config)
-        batches = TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device, processes)
+        batches = TrainingBatches(seen, args.batch_size, args.negative_samples, args.seed, device, processes)
         trainer = Trainer(
             Step(model, optimizer, args.precision, compiled, processes),
             batches,
-            split,
+            seen,
             recorder,
             config,
-            k=args.topk,
+            cutoffs=args.cutoffs,
+            ranking=args.ranking,
             schedule=schedule,
             log_freq=args.log_freq,
             device=device,
             progress=progress,
         )
         trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+        if args.validate:
+            evaluate_best(args, split, device, processes, recorder and recorder.directory)
 
 
 def open_recorder(
@@ -208,7 +219,9 @@ def restore(
         # The original's checkpoints are of whole epochs.
         progress = Progress(**checkpoint["progress"]) if "progress" in checkpoint else Progress(epoch + 1)
         settings = checkpoint["config"] if "progress" in checkpoint else {}
-        before = {name: settings.get(name) for name in ("topk", "batch_size", "negative_samples", "seed")}
+        before = {name: settings.get(name) for name in ("batch_size", "negative_samples", "seed")}
+        before |= {name: settings.get(name, default) for name, default in OF_THE_METRICS.items()}
+        before["cutoffs"] = settings.get("cutoffs", [settings.get("topk")])
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: no state to go on from ({type(error).__name__}: {error}); --reset-optimizer starts without one"
@@ -264,18 +277,29 @@ def check_going_on(
         ("-b/--batch-size", "batch_size"),
         ("-n/--negative-samples", "negative_samples"),
         ("-s/--seed", "seed"),
+        ("--validate", "validate"),
     ):
         if progress.step and before[name] != getattr(args, name):
             raise InputError(
                 f"{flag}: {path} stands within an epoch that began with {before[name]}, which cannot go on with "
                 f"{getattr(args, name)}; --reset-optimizer starts from epoch 0"
             )
-    if args.resume and before["topk"] != args.topk:
-        raise InputError(f"-k/--topk: the run has {before['topk']}, not {args.topk}")
+    if args.resume:
+        check_same_metrics(before, args)
     if args.resume and checkpoint.get("data_digest") != split.digest:
         raise InputError(
             f"--resume: {path} was trained on other data than {args.data}, or on a copy as CSV files"
         )
+
+
+def check_same_metrics(before: dict[str, Any], args: Namespace) -> None:
+    """Raise an ``InputError`` where a resumed run's epochs would not compare with those before."""
+    if before["cutoffs"] != args.cutoffs:
+        ours, theirs = (" ".join(map(str, cutoffs)) for cutoffs in (args.cutoffs, before["cutoffs"]))
+        raise InputError(f"-k/--topk: the run has {theirs}, not {ours}")
+    for name in OF_THE_METRICS:
+        if before[name] != getattr(args, name):
+            raise InputError(f"--{name}: the run has {before[name]}, not {getattr(args, name)}")
 
 
 def resolved_config(args: Namespace, split: Split, device: torch.device, model: NeuMF) -> dict[str, Any]:
@@ -409,7 +433,7 @@ def worth_compiling(args: Namespace, split: Split, device: torch.device) -> bool
 
     On a GPU it would contract a product and a sum into one operation, and round otherwise than the simulation.
     """
-    pairs = split.nb_users * split.nb_candidates
+    pairs = split.nb_users * nb_ranked(split, args.ranking)
     return device.type == "cpu" and pairs >= PAIRS_WORTH_COMPILING and choose_compilation(args, device)
 
 
@@ -432,6 +456,7 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
         scorer = quantized_scorer(args, quantizer, split, device)
     else:
         scorer = unquantized_scorer(args, model, checkpoint, split, device)
+    directory = None
     if processes.first:
         directory = recording.open_run_directory(args.out_dir, args.name, device)
         if quantizer:
@@ -439,12 +464,8 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
             if args.quantize_eval:
                 recording.write_quantized(directory, quantizer, args.load, split)
                 recording.clear_report(directory)
-    start = time.perf_counter()
-    ranks = rank_test_items(scorer, split, args.topk, device, processes)
-    val_time = time.perf_counter() - start
-    if processes.first:
-        recording.write_ranks(directory, ranks)
-    log.info("Initial %s, val_time = %.2f", metrics_of_ranks(ranks, args.topk), val_time)
+    model = {"checkpoint": str(args.load), "computed": computation(args, quantizer is not None, scorer)}
+    evaluate_scorer(args, scorer, split, device, processes, directory, model | training_of(checkpoint))
     if args.qe_report:
         report_losses(args, report_on, original.to(device), quantizer, split, device, directory)
 
@@ -485,8 +506,10 @@ def main() -> None:
     if args.processes:
         torch.set_num_threads(min(args.processes, os.cpu_count()))
     split = load_split(args.data)
-    if args.topk > split.nb_candidates:
-        raise InputError(f"-k/--topk: {args.topk} of a list of only {split.nb_candidates} candidates")
+    if max(args.cutoffs) > nb_ranked(split, args.ranking):
+        raise InputError(
+            f"-k/--topk: {max(args.cutoffs)} of a list of only {nb_ranked(split, args.ranking)} candidates"
+        )
     check_processes(args, processes)
     if args.qe_calibration:
         calibrate(args, split, device)

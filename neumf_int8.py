@@ -33,7 +33,7 @@ from distiller.quantization.wrappers import (
     carry,
 )
 from neumf import NeuMF
-from scoring import COMPILED_PAIRS_AT_ONCE, PAIRS_AT_ONCE, for_one_shape, in_parts
+from scoring import COMPILED_PAIRS_AT_ONCE, PAIRS_AT_ONCE, for_one_shape, in_parts, sum_of_sides
 
 TABLES = ("mf_user_embed", "mf_item_embed", "mlp_user_embed", "mlp_item_embed")
 
@@ -129,7 +129,7 @@ class IntegerNeuMF:
 
     def _final_outputs(self, *users: Tensor) -> Tensor:
         """What the final linear layers put out: (B, C, 1) or, split, (B, C, 2)."""
-        return self._of_pairs(*users).view(*users[-1].shape, -1)
+        return self._of_pairs(*users).view(len(users[0]), users[-1].shape[1], -1)
 
     def _of_pairs(self, *users: Tensor) -> Tensor:
         """The same: (N, 1) or (N, 2)."""
@@ -170,18 +170,16 @@ class IntegerNeuMF:
         flat = items.flatten()
         factors = self._item_integers.index_select(0, flat).float()
         if not self._scale_by_row:
-            products = factors.add_(self._item_zero_points).view(*items.shape, -1).mul_(user_factors[:, None])
+            products = factors.add_(self._item_zero_points).view(*items.shape, -1) * user_factors[:, None]
             return self._product(products.flatten(0, 1))
         factors.add_(self._item_zero_points.index_select(0, flat))
-        products = factors.view(*items.shape, -1).mul_(user_factors[:, None])
-        scales = self._item_scales.index_select(0, flat).view(*items.shape, 1).mul_(user_scales[:, None])
+        products = factors.view(*items.shape, -1) * user_factors[:, None]
+        scales = self._item_scales.index_select(0, flat).view(*items.shape, 1) * user_scales[:, None]
         return self._product(products.flatten(0, 1), scales.view(-1, 1))
 
     def _hidden(self, user_sums: Tensor, items: Tensor) -> Tensor:
         """Of the last ReLU: (N, L_n)."""
-        sums = self._item_sums.index_select(0, items.flatten())
-        sums.view(*items.shape, -1).add_(user_sums[:, None])
-        q = self._first.output(sums)
+        q = self._first.output(sum_of_sides(self._item_sums, items, user_sums))
         for linear in self._later:
             q = linear(q)
         return q

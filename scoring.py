@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,21 @@ from neumf import NeuMF
 # From users (B,) int64 and items (B, C) int64 to probabilities (B, C).
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
+
+class Candidates(NamedTuple):
+    """What a block of users' test items are ranked against, with scores; each row's last item is the test item.
+
+    Attributes:
+        items: (B, C) int64.
+        scores: (B, C).
+        counted: (B, C) bool: what is ranked, each item once in a row at most, the test item once.
+    """
+
+    items: Tensor
+    scores: Tensor
+    counted: Tensor
+
+
 Computation = TypeVar("Computation", bound=Callable)
 
 # Pairs computed with at once. The published model's widest activations, 4000 x 256 float32, then take 4 MB and stay in
@@ -27,30 +42,55 @@ Computation = TypeVar("Computation", bound=Callable)
 # A GPU has no such cache, and wants few trips from the host.
 PAIRS_AT_ONCE = {"cpu": 4_000, "cuda": 250_000}
 COMPILED_PAIRS_AT_ONCE = PAIRS_AT_ONCE | {"cpu": 8_000}
+# Items that several users share, at once: their rows stay in the cache from one user to the next.
+ITEMS_AT_ONCE = {"cpu": 250, "cuda": 10_000}
 
 
 def in_parts(compute: Callable[..., Tensor], pairs: Mapping[str, int], *tensors: Tensor) -> Tensor:
-    """A function of tensors computed for a few users at a time.
+    """A function of tensors computed for a few users at a time, and where they share their items for a few of these.
 
     Args:
-        compute: Takes the tensors, B rows each, to results of B rows.
+        compute: Takes the tensors, B rows each, to results (B, C) or (B, C, ...). Shared items come as (1, C).
         pairs: So many at a time, on each kind of device.
-        tensors: Their rows are users; the last one is their items (B, C).
+        tensors: Their rows are users; the last one is their items (B, C). Users share them where it repeats one row
+            in memory, as ``Tensor.expand`` does.
 
     Returns:
         The results for all users, one after the other.
     """
-    items = tensors[-1]
-    users = max(1, pairs[items.device.type] // items.shape[1])
-    parts = zip(*(tensor.split(users) for tensor in tensors), strict=True)
-    for start, part in zip(range(0, len(items), users), parts, strict=True):
-        values = compute(*part)
-        if not start:
-            results = values.new_empty(len(items), *values.shape[1:])
-        results[start : start + users] = values
-        # Memory that is given back whole is used again for the next part, while it still is in the cache.
-        del values
+    *of_users, items = tensors
+    kind, (nb_users, nb_items) = items.device.type, items.shape
+    shared = nb_users == 1 or items.stride(0) == 0
+    # Tiles are of one width: the last one overlaps the one before.
+    width = -(-nb_items // -(-nb_items // ITEMS_AT_ONCE[kind])) if shared else nb_items
+    users = max(1, pairs[kind] // width)
+    results = None
+    for start in range(0, nb_users, users):
+        part = [tensor[start : start + users] for tensor in of_users]
+        rows = items[:1] if shared else items[start : start + users]
+        for left in range(0, nb_items, width):
+            left = min(left, nb_items - width)
+            values = compute(*part, rows[:, left : left + width])
+            if results is None:
+                results = values.new_empty(*items.shape, *values.shape[2:])
+            results[start : start + users, left : left + width] = values
+            # Memory that is given back whole is used again for the next part, while it still is in the cache.
+            del values
     return results
+
+
+def sum_of_sides(item_sums: Tensor, items: Tensor, user_sums: Tensor) -> Tensor:
+    """The first layer's sums of pairs, (N, L_1), from (I, L_1) of all items and (B, L_1) of users.
+
+    Args:
+        item_sums: Of all items.
+        items: (B, C) int64, or (1, C) of all users.
+        user_sums: Of the users.
+    """
+    sums = item_sums.index_select(0, items.flatten()).view(*items.shape, -1)
+    own = len(items) == len(user_sums)
+    sums = sums.add_(user_sums[:, None]) if own else sums + user_sums[:, None]
+    return sums.flatten(0, 1)
 
 
 def for_one_shape(compute: Computation) -> Computation:
@@ -76,14 +116,18 @@ class PairScorer:
 
     def __init__(self, model: nn.Module, one_user: bool = False):
         self._model = model.eval()
-        self._pairs = dict.fromkeys(PAIRS_AT_ONCE, 1) if one_user else PAIRS_AT_ONCE
+        self._one_user = one_user
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
         """The probabilities (B, C) of items (B, C) int64 for users (B,) int64."""
-        return in_parts(self._scores, self._pairs, users, items)
+        if self._one_user:
+            rows = zip(users.split(1), items.split(1), strict=True)
+            return torch.cat([self._scores(user, row) for user, row in rows])
+        return in_parts(self._scores, PAIRS_AT_ONCE, users, items)
 
     def _scores(self, users: Tensor, items: Tensor) -> Tensor:
+        items = items.expand(len(users), -1)
         pairs = users.repeat_interleave(items.shape[1]), items.flatten()
         return self._model(*pairs, sigmoid=True).view(items.shape)
 
@@ -127,14 +171,13 @@ class FactoredScorer:
         return in_parts(self._compute, self._pairs, user_sums, user_factors, items)
 
     def _scores(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
-        logit = (self._hidden(user_sums, items) @ self._mlp_weight).view(items.shape)
-        product = torch.bmm(self._model.mf_item_embed(items), user_factors[:, :, None])
+        logit = (self._hidden(user_sums, items) @ self._mlp_weight).view(len(user_sums), -1)
+        product = torch.matmul(self._model.mf_item_embed(items), user_factors[:, :, None])
         return logit.add_(product[:, :, 0]).add_(self._final_bias).sigmoid_()
 
     def _hidden(self, user_sums: Tensor, items: Tensor) -> Tensor:
         """What the last ReLU puts out: (N, L_n), in the weights' dtype."""
-        hidden = self._item_sums.index_select(0, items.flatten())
-        hidden.view(*items.shape, -1).add_(user_sums[:, None]).relu_()
+        hidden = sum_of_sides(self._item_sums, items, user_sums).relu_()
         for weight, bias in self._later:
             hidden = F.linear(hidden.to(self._dtype), weight, bias).relu_()
         return hidden.to(user_sums.dtype)

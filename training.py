@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from distiller.checkpoint import save_checkpoint
 from distiller.cli import InputError
 from distiller.quantization.train_aware import is_quantization_aware
 from distiller.schedule import CompressionSchedule
-from evaluation import Metrics, evaluate
+from evaluation import Metrics, describe, metrics_of_ranks, rank_test_items, results_of
 from optim import LazyAdam, Table
 from recording import BEST, CHECKPOINT, Recorder
 from sampling import TrainingBatches
@@ -68,7 +68,8 @@ class Trainer:
         split: Evaluated on.
         recorder: Where results and checkpoints go; None in a process that leaves them to the first one.
         config: The resolved configuration, stored in every checkpoint.
-        k: Of HR@k and NDCG@k.
+        cutoffs: Every k of the metrics; the first one's HR@k decides which epoch is the best.
+        ranking: What test items are ranked against, one of ``evaluation.RANKINGS``.
         schedule: What ``--compress`` does to model and learning rate, bound to the optimizer.
         log_freq: Steps between two updates of the progress bar and of TensorBoard.
         device: The model's.
@@ -85,7 +86,8 @@ class Trainer:
         split: Split,
         recorder: Recorder | None,
         config: Mapping[str, Any],
-        k: int = 10,
+        cutoffs: Sequence[int] = (10,),
+        ranking: str = "sampled",
         schedule: CompressionSchedule | None = None,
         log_freq: int = 100,
         device: torch.device | str = "cpu",
@@ -97,7 +99,8 @@ class Trainer:
         self.split = split
         self.recorder = recorder
         self.config = config
-        self.k = k
+        self.cutoffs = cutoffs
+        self.ranking = ranking
         self.schedule = schedule or CompressionSchedule()
         self.log_freq = log_freq
         self.device = torch.device(device)
@@ -126,23 +129,30 @@ class Trainer:
             steps_left -= done - first_step
 
             start = time.perf_counter()
-            scorer = float_scorer(self.model)
-            metrics = evaluate(scorer, self.split, self.k, self.device, self.step.processes)
+            metrics = self._evaluate()
+            hr = metrics[0].hr
             val_time_s = time.perf_counter() - start
             if whole:
-                self.schedule.epoch_end(epoch, metrics.hr)
+                self.schedule.epoch_end(epoch, hr)
                 self.progress.epoch, self.progress.step = epoch + 1, 0
-            self._save(epoch, metrics, lagging)
+            self._save(epoch, metrics[0], lagging)
             samples_per_s = self.batches.samples_in(first_step, done) / train_time_s
             times = {"train_time_s": train_time_s, "val_time_s": val_time_s}
             self._record({"epoch": epoch, "steps": done}, metrics, average_loss, samples_per_s, times)
             log.info(
                 "Epoch %d: %s, AvgTrainLoss = %.4f, train_time = %.2f, val_time = %.2f",
-                *(epoch, metrics, average_loss, train_time_s, val_time_s),
+                *(epoch, describe(metrics), average_loss, train_time_s, val_time_s),
             )
-            if stop.threshold is not None and metrics.hr >= stop.threshold:
-                log.info("HR@%d reached the threshold of %g", self.k, stop.threshold)
+            if stop.threshold is not None and hr >= stop.threshold:
+                log.info("HR@%d reached the threshold of %g", self.cutoffs[0], stop.threshold)
                 return
+
+    def _evaluate(self) -> list[Metrics]:
+        """The model as it is, at every cut-off."""
+        scorer, processes = float_scorer(self.model), self.step.processes
+        k = self.cutoffs[0]
+        ranks = rank_test_items(scorer, self.split, k, self.device, processes, ranking=self.ranking)
+        return [metrics_of_ranks(ranks, k) for k in self.cutoffs]
 
     def _train_epoch(self, max_steps: float) -> float:
         """Take the epoch's remaining steps, ``max_steps`` at most; the mean loss of a sample."""
@@ -207,19 +217,20 @@ class Trainer:
     def _record(
         self,
         when: dict[str, int],
-        metrics: Metrics,
+        metrics: Sequence[Metrics],
         loss: float,
         samples_per_s: float,
         times: dict[str, float],
     ) -> None:
         if self.recorder is None:
             return
-        results = {f"hr@{self.k}": metrics.hr, f"ndcg@{self.k}": metrics.ndcg, "avg_train_loss": loss}
+        results = results_of(metrics) | {"avg_train_loss": loss}
         self.recorder.epoch(when | results | times)
         self.recorder.scalars(self._global_step(), **results, samples_per_s=samples_per_s)
         self.recorder.weights(self.model, when["epoch"])
 
     def _save(self, epoch: int, metrics: Metrics, lagging: list[Table] | None) -> None:
+        """Keep the last and, by HR at the first cut-off, the best checkpoint."""
         best = metrics.hr > self.progress.best_hr
         self.progress.best_hr = max(self.progress.best_hr, metrics.hr)
         if self.recorder is None:
@@ -234,7 +245,7 @@ class Trainer:
             "quantization_aware": self.schedule.quantizer if is_quantization_aware(self.model) else None,
             "epoch": epoch,
             "progress": vars(self.progress),
-            "k": self.k,
+            "k": metrics.k,
             "hr": metrics.hr,
             "ndcg": metrics.ndcg,
             "config": dict(self.config),

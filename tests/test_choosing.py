@@ -130,7 +130,7 @@ def test_losses_are_those_of_the_lists(chooser):
 )
 def test_what_counts_against_the_budget(hr, ndcg, expected):
     """NDCG's loss with its standard error, and HR's beyond its own."""
-    trial = Trial(None, Metrics(10, 0.5, 0.25), Estimate(*hr), Estimate(*ndcg), True)
+    trial = Trial(None, Metrics(10, 0.5, 0.25, 0.2), Estimate(*hr), Estimate(*ndcg), True)
     assert trial.loss == pytest.approx(expected)
 
 
@@ -169,7 +169,7 @@ def test_where_nothing_is_within_the_budget(ncf, split_dir, checkpoint, monkeypa
 
     def worse(self, setting):
         loss = Estimate(next(losses), 0.0)
-        return Trial(setting, Metrics(10, 0.5, 0.25), loss, loss, True)
+        return Trial(setting, Metrics(10, 0.5, 0.25, 0.2), loss, loss, True)
 
     monkeypatch.setattr(Chooser, "_try", worse)
     outcome = ncf(split_dir, "--load", checkpoint, "--qe-auto", "--qe-max-loss", 1, "-o", "a")

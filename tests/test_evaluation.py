@@ -17,9 +17,9 @@ import neumf
 from dataset import Split, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError
-from evaluation import evaluate, metrics_of_ranks, rank_last
+from evaluation import describe, evaluate, first_places, metrics_of_ranks, place_last, results_of
 from neumf import NeuMF
-from scoring import PairScorer
+from scoring import Candidates, PairScorer
 
 
 class Table(nn.Module):
@@ -34,6 +34,11 @@ class Table(nn.Module):
         assert sigmoid, "candidates are scored with the final sigmoid"
         self.asked.append(len(user))
         return self.table[user, item].unsqueeze(1)
+
+
+def rank_last(items: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Ranks by the sampled protocol."""
+    return place_last(Candidates(items, scores, first_places(items))).ranks
 
 
 def make_split(negatives: list[list[int]], test_items: list[int], nb_items: int) -> Split:
@@ -157,7 +162,22 @@ def test_hr_and_ndcg_by_hand():
     metrics = metrics_of_ranks(torch.tensor([0, 1, 9, 10]), 10)
     assert metrics.hr == 0.75
     assert metrics.ndcg == pytest.approx((1 + 0.6309297535714574 + 0.2890648263178879) / 4, abs=1e-12)
+    assert metrics.mrr == pytest.approx((1 + 1 / 2 + 1 / 10) / 4, abs=1e-12)
     assert str(metrics) == "HR@10 = 0.7500, NDCG@10 = 0.4800"
+
+
+def test_one_cutoff_is_described_without_mrr_and_several_with_it():
+    """What is read by scripts stays as it was."""
+    ranks = torch.tensor([0, 1, 9, 10])
+    first, second = metrics_of_ranks(ranks, 10), metrics_of_ranks(ranks, 1)
+    assert describe([first]) == "HR@10 = 0.7500, NDCG@10 = 0.4800"
+    assert describe([second, first]) == (
+        "HR@1 = 0.2500, NDCG@1 = 0.2500, MRR@1 = 0.2500, HR@10 = 0.7500, NDCG@10 = 0.4800, MRR@10 = 0.4000"
+    )
+    assert list(results_of([first])) == ["hr@10", "ndcg@10"]
+    assert list(results_of([second, first])) == [
+        f"{name}@{k}" for k in (1, 10) for name in ("hr", "ndcg", "mrr")
+    ]
 
 
 @pytest.mark.parametrize(

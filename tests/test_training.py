@@ -16,7 +16,7 @@ from torch.nn import functional
 import training
 from dataset import Split, load_split
 from distiller.checkpoint import load_checkpoint
-from evaluation import Metrics
+from evaluation import evaluate
 from neumf import NeuMF
 from recording import Recorder
 from sampling import TrainingBatches
@@ -234,19 +234,19 @@ def test_best_checkpoint_is_the_epoch_with_the_highest_hr(split_dir, monkeypatch
     """The first of those that tie; the last epoch's is the other one."""
     split = load_split(split_dir)
     model = NeuMF(split.nb_users, split.nb_items, 4, [8, 4])
-    hit_rates = iter([0.2, 0.5, 0.5, 0.4])
+    hits = iter([2, 5, 5, 4])
     after = []
 
-    def evaluate(*_, **__):
+    def rank(*_, **__):
         after.append({key: value.clone() for key, value in model.state_dict().items()})
-        return Metrics(10, next(hit_rates), 0.1)
+        return torch.where(torch.arange(10) < next(hits), 1, 99)
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(training, "rank_test_items", rank)
     optimizer = torch.optim.Adam(model.parameters())
     batches = TrainingBatches(split, 2000, 4, seed=1)
     Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(4))
     best, last = load_checkpoint("best.pth.tar"), load_checkpoint("checkpoint.pth.tar")
-    assert (best["epoch"], best["hr"], best["ndcg"]) == (1, 0.5, 0.1)
+    assert (best["epoch"], best["hr"], best["ndcg"]) == (1, 0.5, pytest.approx(0.5 / math.log2(3)))
     assert same(dict(best["state_dict"]), after[1])
     assert (last["epoch"], last["hr"]) == (3, 0.4)
     assert same(dict(last["state_dict"]), after[3])
@@ -256,7 +256,7 @@ def test_resumed_run_keeps_the_best_of_before(train, split_dir, monkeypatch):
     """Worse epochs after a resume do not replace it."""
     train(*TRAIN, "-e", 1, "-o", "out")
     best = Path("out/best.pth.tar").read_bytes()
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: Metrics(10, 0.01, 0.01))
+    monkeypatch.setattr(training, "rank_test_items", lambda *_, **__: torch.arange(100) * 10 + 9)
     train("--resume", "-e", 3, "-o", "out")
     assert Path("out/best.pth.tar").read_bytes() == best
 
@@ -376,7 +376,7 @@ def test_known_structure_is_learned(split_final):
     model = NeuMF(split.nb_users, split.nb_items, 4, [16, 8], split_final)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     batches = TrainingBatches(split, 128, 4, seed=1)
-    before = training.evaluate(float_scorer(model), split).hr
+    before = evaluate(float_scorer(model), split).hr
     Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(12))
     results = rows(".")
     losses = [float(row["avg_train_loss"]) for row in results]

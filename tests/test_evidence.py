@@ -1,0 +1,240 @@
+"""--report and compare.py: ties over all their orders, thirds by popularity, whole command lines, damaged files."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import permutations
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from helpers_split import tiny_split
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import compare
+from dataset import load_split
+from distiller.cli import InputError
+from distiller.files import file_digest
+from evaluation import Places, values_of_ranks
+from evidence import by_popularity, popularity_thirds, protocol_of, read_report, ties_at, values_over_ties
+from significance import mcnemar
+
+pytestmark = pytest.mark.usefixtures("in_empty_directory")
+
+
+def places_of(above: int, tied: int, earlier: int = 0) -> Places:
+    """One user's."""
+    values = (torch.tensor([value]) for value in (above + earlier, above, tied))
+    return Places(*values, torch.zeros(1, 0, dtype=torch.int64))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 4), st.integers(0, 4), st.integers(1, 8), st.data())
+def test_values_over_ties_are_those_of_all_orders(above, tied, k, data):
+    """Every order of the test item, 0, and what ties with it, one by one."""
+    places = places_of(above, tied, data.draw(st.integers(0, tied)))
+    ranks = torch.tensor([above + order.index(0) for order in permutations(range(tied + 1))])
+    for metric, orders in values_over_ties(places, k).items():
+        each = values_of_ranks(ranks, k)[metric]
+        assert orders["expected"].item() == pytest.approx(each.mean().item(), abs=1e-12)
+        assert orders["optimistic"].item() == each.max().item()
+        assert orders["pessimistic"].item() == each.min().item()
+        assert orders["value"].item() == values_of_ranks(places.ranks, k)[metric].item()
+    hits = values_of_ranks(ranks, k)["hr"]
+    assert ties_at(places, k) == int(hits.max() != hits.min())
+
+
+def test_ties_by_hand():
+    """One above, two tied, k = 2: one of three orders hits, at rank 1."""
+    found = values_over_ties(places_of(1, 2, 2), 2)
+    assert found["hr"]["expected"].item() == pytest.approx(1 / 3)
+    assert found["ndcg"]["expected"].item() == pytest.approx(0.6309297535714574 / 3)
+    assert found["mrr"]["expected"].item() == pytest.approx(1 / 6)
+    assert (found["hr"]["value"].item(), found["hr"]["optimistic"].item()) == (0, 1)
+
+
+def test_thirds_by_hand():
+    """Items 1 has two of six pairs; 0, 5, 2 and 3 follow with one each; 4 has none."""
+    split = tiny_split()
+    assert popularity_thirds(split).tolist() == [1, 0, 1, 2, 2, 2]
+    rows = by_popularity(split, torch.tensor([0, 5, 1]), [1, 2])
+    assert [(row["items"], row["training_pairs"], row["users"]) for row in rows] == [
+        (1, 2, 0),
+        (2, 2, 0),
+        (3, 2, 3),
+    ]
+    assert rows[0]["metrics"]["1"] == {"hr": None, "ndcg": None, "mrr": None}
+    assert rows[2]["metrics"]["1"]["hr"] == pytest.approx(1 / 3)
+    assert rows[2]["metrics"]["2"]["mrr"] == pytest.approx(0.5)
+
+
+def test_protocol_says_how_negatives_were_drawn():
+    """Where it is known; in full ranking there are none."""
+    split = tiny_split()
+    sampled = protocol_of(split, "sampled")
+    assert (sampled["negatives"], sampled["with_replacement"], sampled["negatives_seed"]) == (2, True, 7)
+    assert "negatives" not in protocol_of(split, "full")
+
+
+# --- whole command lines ---
+
+
+@pytest.fixture
+def report(ncf, split_dir, checkpoint):
+    """Evaluates with ``--report``; the JSON."""
+
+    def make(name: str, *flags: object) -> dict:
+        load = ["--load", checkpoint, "--evaluate", "-o", "out", "--report", name]
+        outcome = ncf(split_dir, *load, *flags)
+        assert outcome.code == 0, outcome.err
+        return json.loads(Path(name).read_text())
+
+    return make
+
+
+@pytest.mark.parametrize("ranking", ["sampled", "full"])
+def test_report_holds_what_was_printed_and_what_it_rests_on(report, split_dir, checkpoint, ranking):
+    """Metrics between their ends, digests of the files, and every user once."""
+    content = report("a.json", "-k", 1, 5, 10, "--ranking", ranking)
+    split, places = load_split(split_dir), read_report(Path("a.json")).places
+    assert np.array_equal(places.ranks, np.load("out/ranks.npy"))
+    assert list(content["metrics"]) == ["1", "5", "10"]
+    for k, found in content["metrics"].items():
+        assert found["ties_at_cutoff"] == ties_at(places, int(k))
+        for metric, values in values_of_ranks(places.ranks, int(k)).items():
+            means = found[metric]
+            assert means["value"] == pytest.approx(values.mean().item())
+            assert means["pessimistic"] <= means["expected"] <= means["optimistic"]
+            assert means["interval_95"][0] <= means["value"] <= means["interval_95"][1]
+    assert content["protocol"] == protocol_of(split, ranking)
+    assert content["model"]["digest"] == file_digest(checkpoint)
+    assert (content["data"]["digest"], content["seeds"]["training"]) == (split.digest, 1)
+    assert sum(row["users"] for row in content["by_popularity"]) == split.nb_users
+    assert sum(row["training_pairs"] for row in content["by_popularity"]) == len(split.train_users)
+    assert places.best.shape == (split.nb_users, 10)
+    hits = (places.best == torch.from_numpy(split.test_items.astype(int))[:, None]).any(1)
+    assert torch.equal(hits, places.ranks < 10)
+
+
+def run_compare(*arguments: object):
+    """``compare.py`` in this process."""
+    return call("compare.py", compare.main, arguments)
+
+
+def test_comparison_of_two_models(report, quantize_eval, checkpoint):
+    """Differences, test and overlap, each by its definition; of a model with itself there is none."""
+    report("a.json", "-k", 1, 10)
+    assert quantize_eval(["--qebw", 3, "--qeba", 3], "b", "-k", 10, "--report", "b.json").code == 0
+    outcome = run_compare("a.json", "b.json")
+    assert outcome.code == 0, outcome.err
+    a, b = (read_report(Path(name)).places for name in ("a.json", "b.json"))
+    line = next(line for line in outcome.out.splitlines() if line.startswith("HR@10"))
+    hits = [(places.ranks < 10).numpy() for places in (a, b)]
+    cells = re.split(r"  +", line)
+    assert cells[1:4] == [
+        f"{hits[0].mean():.4f}",
+        f"{hits[1].mean():.4f}",
+        f"{hits[1].mean() - hits[0].mean():+.4f}",
+    ]
+    assert cells[5:] == [
+        str((hits[0] & ~hits[1]).sum()),
+        str((hits[1] & ~hits[0]).sum()),
+        f"{mcnemar(*hits):.2g}",
+    ]
+    lists = ((set(x) - {-1}, set(y) - {-1}) for x, y in zip(a.best.tolist(), b.best.tolist(), strict=True))
+    overlap = mean(len(x & y) / min(len(x), len(y)) for x, y in lists)
+    assert f"Top-10 lists: mean overlap coefficient {overlap:.4f}" in outcome.out
+    assert "@1 " not in outcome.out
+    same = run_compare("a.json", "a.json").out
+    assert "+0.0000  [+0.0000, +0.0000]            0            0            1" in same
+    assert "Top-1 lists: mean overlap coefficient 1.0000" in same
+
+
+def test_overlap_of_lists_that_are_not_full():
+    """Of what the shorter one has."""
+    a, b = torch.tensor([[3, 1, 2], [5, -1, -1]]), torch.tensor([[1, 4, 3], [2, 5, -1]])
+    assert compare.overlaps(a, b, 3).tolist() == pytest.approx([2 / 3, 1])
+    assert compare.overlaps(a, b, 1).tolist() == [0, 0]
+
+
+def edited(name: str, change) -> None:
+    """The report a.json under another name, with a change."""
+    content = json.loads(Path("a.json").read_text())
+    change(content)
+    Path(name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda c: c["data"].update(digest="sha256:0"), "data is "),
+        (lambda c: c["protocol"].update(negatives=99), "protocol: negatives is 40 and 99"),
+        (lambda c: c["protocol"].update(with_replacement=False), "with_replacement is True and False"),
+        (lambda c: c["protocol"].update(ranking="full"), "ranking is 'sampled' and 'full'"),
+        (lambda c: c.update(metrics={"5": {}}), "int32 (60, 10), not int32 (60, 5)"),
+        (lambda c: c.update(format="x"), "not a report"),
+        (lambda c: c.update(version=0), "version 0"),
+        (lambda c: c.pop("protocol"), "not a whole report"),
+        (lambda c: c.update(metrics={}), "not a whole report"),
+        (lambda c: c.update(metrics={"-1": 0}), "not a whole report"),
+        (lambda c: c.update(data=[]), "not a whole report"),
+        (lambda c: c["users"].update(digest="sha256:0"), "another digest"),
+        (lambda c: c["users"].update(file="gone.npz"), "gone.npz"),
+    ],
+)
+def test_what_does_not_compare_is_one_line(report, change, part):
+    """That names the files and what differs or is damaged."""
+    report("a.json")
+    edited("b.json", change)
+    outcome = run_compare("a.json", "b.json")
+    assert outcome.code == 2, outcome
+    assert len(outcome.err.splitlines()) == 1
+    assert part in outcome.err
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": 3}'])
+def test_files_that_are_no_reports_are_named(content):
+    """Whatever is in them."""
+    Path("b.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"b\.json"):
+        read_report(Path("b.json"))
+
+
+def test_missing_report_is_named():
+    outcome = run_compare("none.json", "none.json")
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+    assert "none.json" in outcome.err
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100])
+def test_users_file_that_is_damaged_is_named(report, content):
+    """Also where its digest was made to fit."""
+    report("a.json")
+    Path("a.npz").write_bytes(content)
+    edited("b.json", lambda c: c["users"].update(digest=file_digest("a.npz")))
+    for name, part in (("a.json", "digest"), ("b.json", "a.npz")):
+        outcome = run_compare(name, name)
+        assert (outcome.code, len(outcome.err.splitlines())) == (2, 1), outcome.err
+        assert part in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--report", "a.txt", "--evaluate"], "does not end in .json"),
+        (["--report", "none/a.json", "--evaluate"], "not a file in a directory"),
+        (["--report", "a.json"], "--report needs"),
+        (["--report", "a.json", "--qe-calibration", "1"], "--report needs"),
+    ],
+)
+def test_report_that_cannot_be_is_refused(ncf, split_dir, checkpoint, flags, part):
+    """Before anything is computed."""
+    outcome = ncf(split_dir, "--load", checkpoint, *flags, "-o", "out")
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+    assert part in outcome.err
+    assert not Path("out").exists()
