@@ -24,8 +24,8 @@ PROG = "export.py"
 FORMATS = {".onnx": "onnx", ".pt2": "torch"}
 SAMPLE_USERS, SAMPLE_ITEMS, SAMPLE_SEED = 100, 100, 0  # 10,000 pairs: a second's work
 # The greatest difference of probabilities that passes. In float32, sums in another order: 1.4e-6 of 6 M scores of
-# ml-1m. Of a quantized model, a value between two levels that comes to lie on the other one: that changed 1 of 60,000 of
-# these scores, by up to 0.031, which is two levels of a logit in [-8, 8] where the sigmoid is steepest.
+# ml-1m. Of a quantized model, a value between two levels that comes to lie on the other one: that changed 1 of 60,000
+# of these scores, by up to 0.031, which is two levels of a logit in [-8, 8] where the sigmoid is steepest.
 FLOAT_TOLERANCE, QUANTIZED_TOLERANCE = 1e-5, 0.05
 ALIKE = 1e-6  # float32 has no fewer levels than that of probabilities
 
