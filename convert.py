@@ -26,6 +26,7 @@ from distiller.cli import ArgumentParser, InputError, run
 from distiller.files import atomic_write, file_digest
 from distiller.tables import read_columns
 from sampling import UnseenItems
+from titles import TITLES, movies_beside, read_titles, write_titles
 
 CSV_HEADER = "userId,movieId,rating,timestamp"
 COLUMNS = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float64(), "timestamp": pa.int64()}
@@ -186,7 +187,8 @@ def write_blocks(path: Path, blocks: Iterable[bytes]) -> None:
 def convert(path: Path, out: Path, nb_negatives: int = 999, seed: int = 0, distinct: bool = False) -> Split:
     """Write the split of the ratings in ``path`` to the directory ``out``: three CSV files and a pickle.
 
-    They get their names when all are written, so that a failure leaves what was there before.
+    And the items' titles, where a movies file lies beside the ratings. They get their names when all are written, so
+    that a failure leaves what was there before.
 
     Args:
         path: The ratings file.
@@ -196,8 +198,10 @@ def convert(path: Path, out: Path, nb_negatives: int = 999, seed: int = 0, disti
         distinct: Draw negatives without replacement and without the test item.
 
     Raises:
-        InputError: malformed ratings, or a user with too few unrated items to draw from.
+        InputError: malformed ratings or movies, or a user with too few unrated items to draw from.
     """
+    movies = movies_beside(path)
+    titles = read_titles(movies) if movies else {}
     ratings = read_ratings(path)
     nb_users, nb_items = len(ratings.user_ids), len(ratings.item_ids)
     test_rows = last_rows(ratings.users, ratings.times, nb_users)
@@ -239,6 +243,10 @@ def convert(path: Path, out: Path, nb_negatives: int = 999, seed: int = 0, disti
             validation_items=validation_items,
         )
         write_pickle(split, pickle_path)
+        if titles:
+            write_titles(titles, item_ids.tolist(), stack.enter_context(atomic_write(out / TITLES)))
+    if not titles:
+        (out / TITLES).unlink(missing_ok=True)  # of other ratings
     return split
 
 

@@ -12,22 +12,28 @@
 
     name=${1:-ml-20m}
     case $name in
-        ml-20m) ratings=ratings.csv ;;
-        ml-1m) ratings=ratings.dat ;;
+        ml-20m) ratings=ratings.csv movies=movies.csv ;;
+        ml-1m) ratings=ratings.dat movies=movies.dat ;;
         *) fail "unknown data set '$name': known are ml-20m and ml-1m" ;;
     esac
     [ -f "$name.zip" ] || fail "$name.zip is not in this directory: download_dataset.sh $name fetches it"
     python=${PYTHON:-python3}
     here=$(dirname -- "${BASH_SOURCE[0]:-$0}") # zsh has only the latter
 
-    # Copies the one member's bytes to a name of ours, so that no name in the archive becomes a path.
+    # Copies a member's bytes to a name of ours, so that no name in the archive becomes a path. Movies may be missing.
     unpack='
 import shutil, signal, sys, zipfile
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-archive, member, target = sys.argv[1:]
+archive, directory, target, ratings, movies = sys.argv[1:]
+member = f"{directory}/{ratings}"
 try:
-    with zipfile.ZipFile(archive) as file, file.open(member) as source, open(target, "xb") as out:
-        shutil.copyfileobj(source, out, 1 << 20)
+    with zipfile.ZipFile(archive) as file:
+        for name in (ratings, movies):
+            member = f"{directory}/{name}"
+            if name == movies and member not in file.namelist():
+                continue
+            with file.open(member) as source, open(f"{target}/{name}", "xb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
 except Exception as error:
     sys.exit(f"extract_dataset.sh: error: {archive}: cannot unpack {member}: {error}")
 '
@@ -35,7 +41,7 @@ except Exception as error:
     trap 'rm -rf "$tmp"; exit 130' INT TERM HUP # zsh runs no EXIT trap on these
     tmp=$(mktemp -d "./$name.XXXXXX") || exit 1 # not in /tmp, which may be small, or memory
     rc=0
-    "$python" -c "$unpack" "$name.zip" "$name/$ratings" "$tmp/$ratings" &&
+    "$python" -c "$unpack" "$name.zip" "$name" "$tmp" "$ratings" "$movies" &&
         "$python" "$here/convert.py" "$tmp/$ratings" "$name" --negatives 999 || rc=$?
     rm -rf "$tmp"
     exit "$rc"

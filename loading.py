@@ -35,16 +35,19 @@ def load_model(args: Namespace, path: str | Path, checkpoint: dict[str, Any], sp
         )
     weights = without_ranges(checkpoint["state_dict"])
     sizes = fitting_sizes(weights, args, path, split)
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(
-                f"--load: {path}: {name} holds values that are not finite: its training diverged"
-            )
+    check_finite(weights, f"--load: {path}")
     if checkpoint.get("data_digest", split.digest) != split.digest and not args.resume:
         warn_of_other_data(args, path)
     model = NeuMF(**sizes | {"split_final": args.split_final})
     model.load_state_dict(neumf.with_final_layer(weights, args.split_final))
     return model
+
+
+def check_finite(weights: dict[str, torch.Tensor], where: str) -> None:
+    """Raise an ``InputError`` that begins with ``where`` unless all weights are finite."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{where}: {name} holds values that are not finite: its training diverged")
 
 
 def fitting_sizes(

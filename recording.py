@@ -40,13 +40,13 @@ WEIGHT_BINS = 200  # one for every three pixels of a picture
 log = logging.getLogger("ncf")
 
 
-def show_messages() -> None:
-    """Send messages of this program and of ``distiller`` to stdout, warnings to stderr in the errors' form."""
+def show_messages(prog: str = "ncf.py") -> None:
+    """Send messages of a program and of ``distiller`` to stdout, warnings to stderr in the errors' form."""
     results = logging.StreamHandler(sys.stdout)
     results.setFormatter(logging.Formatter("%(message)s"))
     results.addFilter(lambda record: logging.INFO <= record.levelno < logging.WARNING)
     warnings = logging.StreamHandler(sys.stderr)
-    warnings.setFormatter(logging.Formatter("ncf.py: warning: %(message)s"))
+    warnings.setFormatter(logging.Formatter(f"{prog}: warning: %(message)s"))
     warnings.setLevel(logging.WARNING)
     for name in ("ncf", "distiller"):
         logger = logging.getLogger(name)

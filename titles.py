@@ -1,0 +1,66 @@
+"""Titles of items, from MovieLens's files and from the one that a split keeps."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from distiller.cli import InputError
+
+# Beside the ratings: of ml-20m, 25m and 32m; of ml-1m and ml-10m; of ml-100k.
+MOVIES_FILES = ("movies.csv", "movies.dat", "u.item")
+TITLES = "titles.csv"  # in a split
+HEADER = ("movieId", "title")
+
+
+def movies_beside(ratings: Path) -> Path | None:
+    """The movies file in the directory of a ratings file; None where there is none."""
+    return next((path for name in MOVIES_FILES if (path := ratings.parent / name).is_file()), None)
+
+
+def read_titles(path: Path) -> dict[int, str]:
+    """Titles by the items' original ids.
+
+    The format is told by content: CSV with a header, or fields between ``::`` or ``|`` without one. So is the encoding:
+    UTF-8, or Latin-1 where the file is not that (ml-100k and ml-1m).
+
+    Raises:
+        InputError: naming file and line of what is no id or has no title.
+        OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    titles: dict[int, str] = {}
+    for number, fields in _rows(text):
+        item, title = (fields[0], fields[1].strip()) if len(fields) > 1 else ("", "")
+        if not (item.isascii() and item.isdigit() and title):
+            raise InputError(f"{path}:{number}: no item id and title: {'|'.join(fields)[:60]!r}")
+        titles[int(item)] = title
+    if not titles:
+        raise InputError(f"{path}: no titles")
+    return titles
+
+
+def _rows(text: str) -> Iterable[tuple[int, list[str]]]:
+    """The lines' numbers and fields, of those that are not empty."""
+    first = text.partition("\n")[0]
+    if first.startswith(",".join(HEADER)):
+        reader = csv.reader(io.StringIO(text, newline=""))
+        next(reader)
+        return [(reader.line_num, fields) for fields in reader if fields]
+    delimiter = "::" if "::" in first else "|"
+    lines = enumerate(text.split("\n"), start=1)
+    return [(number, line.rstrip("\r").split(delimiter)) for number, line in lines if line.strip()]
+
+
+def write_titles(titles: dict[int, str], items: Iterable[int], path: Path) -> None:
+    """Write the titles of these items that have one, for ``read_titles``."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        writer.writerows((item, titles[item]) for item in items if item in titles)
