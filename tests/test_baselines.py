@@ -13,7 +13,7 @@ from conftest import call
 from helpers_split import tiny_split
 
 import baselines
-from baselines import ALS, FactorScorer, ItemKNN, NeighbourScorer, Popularity, interactions
+from baselines import ALS, ItemKNN, Popularity, RowScorer, interactions, weighted_users
 from dataset import load_split
 from evaluation import evaluate
 
@@ -80,36 +80,55 @@ def weighted(name: str, matrix: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", baselines.SIMILARITIES)
-def test_similarities_are_their_definition(split, name):
-    """Each item keeps its 5 greatest; which of equal ones is open."""
-    vectors = weighted(name, rated(split))
-    similarity = vectors @ vectors.T
-    kept = ItemKNN(name, 5).fit(split)._similarity.toarray()
-    np.testing.assert_allclose(np.sort(kept)[:, -5:], np.sort(similarity)[:, -5:], rtol=1e-6)
-    assert ((kept > 0).sum(axis=1) == 5).all()
-    np.testing.assert_allclose(kept[kept > 0], similarity[kept > 0], rtol=1e-6)
+def test_weights_are_their_definition(split, name):
+    """Of every item and user."""
+    found = weighted_users(interactions(split), name).toarray()
+    np.testing.assert_allclose(found, weighted(name, rated(split)).T, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
-def test_item_knn_sums_similarities(split):
-    """From what the user has rated to each item, over the rated item's neighbours; and nothing is warned of."""
-    scorer = ItemKNN("bm25", 5).fit(split)
-    items = torch.arange(split.nb_items).expand(split.nb_users, -1)
-    scores = scorer(torch.arange(split.nb_users), items).numpy()
-    np.testing.assert_allclose(scores, rated(split) @ scorer._similarity.toarray(), rtol=1e-9)
+@pytest.mark.parametrize("name", baselines.SIMILARITIES)
+def test_item_knn_with_all_neighbours_sums_similarities(split, name):
+    """From what the user has rated to each item; and nothing is warned of."""
+    vectors = weighted(name, rated(split))
+    expected = rated(split) @ vectors @ vectors.T
+    np.testing.assert_allclose(scores_of_all(ItemKNN(name, split.nb_items), split), expected, rtol=1e-6)
 
 
-def test_als_minimizes_its_loss(split):
-    """Every user's factors solve the weighted least squares that the items' factors leave (Hu et al. 2008, eq. 4)."""
+def test_item_knn_keeps_the_most_similar():
+    """Of two neighbours one is the item itself: item 1 is no neighbour of 2 and 3, which are each other's."""
+    scores = ItemKNN("cosine", 2).fit(tiny_split())(USERS, ITEMS).numpy()
+    assert scores[2, 1] == pytest.approx(1)
+    assert scores[0, 1] == pytest.approx(1 + 1 / math.sqrt(2))  # item 0 has no other neighbour
+
+
+@pytest.fixture
+def factors(monkeypatch) -> list:
+    """The models that implicit has fitted."""
+    import implicit.cpu.als
+
+    fitted = []
+
+    class Watched(implicit.cpu.als.AlternatingLeastSquares):
+        def fit(self, *args, **kwargs):
+            fitted.append(self)
+            super().fit(*args, **kwargs)
+
+    monkeypatch.setattr(implicit.cpu.als, "AlternatingLeastSquares", Watched)
+    return fitted
+
+
+def test_als_minimizes_its_loss(split, factors):
+    """The items' factors solve the weighted least squares that the users' leave (Hu et al. 2008, eq. 5)."""
     method = ALS(factors=4, iterations=60, regularization=0.5, alpha=3.0)
     matrix = rated(split)
-    scorer = method.fit(split)
-    users, items = scorer._user_factors.double().numpy(), scorer._item_factors.double().numpy()
-    for user, row in zip(users, matrix, strict=True):
-        weight = 1 + (method.alpha - 1) * row
-        left = items.T @ (weight[:, None] * items) + 0.5 * np.eye(4)
-        np.testing.assert_allclose(user, np.linalg.solve(left, items.T @ (weight * row)), atol=0.01)
-    np.testing.assert_allclose(scores_of_all(method, split), users @ items.T, atol=1e-5)
+    scores = scores_of_all(method, split)
+    users, items = factors[0].user_factors.astype(float), factors[0].item_factors.astype(float)
+    for item, column in zip(items, matrix.T, strict=True):
+        weight = 1 + (method.alpha - 1) * column
+        left = users.T @ (weight[:, None] * users) + method.regularization * np.eye(4)
+        np.testing.assert_allclose(item, np.linalg.solve(left, users.T @ (weight * column)), atol=1e-3)
+    np.testing.assert_allclose(scores, users @ items.T, atol=1e-5)
 
 
 def test_als_depends_on_its_seed_alone(split):
@@ -125,32 +144,17 @@ def test_methods_beat_chance(split, method):
     assert evaluate(method.fit(split), split).hr > 0.35
 
 
-@pytest.mark.parametrize("method", [ItemKNN("cosine", 10), ALS(factors=4)])
-def test_scores_do_not_depend_on_blocks(split, method, monkeypatch):
-    """A few users at a time score as all at once."""
-    whole = scores_of_all(method, split)
-    monkeypatch.setattr(baselines, "CELLS_AT_ONCE", 3 * split.nb_items)
-    monkeypatch.setattr(baselines, "PAIRS_AT_ONCE", {"cpu": 7 * split.nb_items})
-    np.testing.assert_allclose(scores_of_all(method, split), whole, rtol=1e-5)
-
-
-def test_item_knn_holds_a_block_of_users_at_a_time(split, monkeypatch):
-    """Never a matrix of all users and items."""
+@pytest.mark.parametrize("users_at_once", [1, 7, 1000])
+def test_scores_do_not_depend_on_blocks(monkeypatch, users_at_once):
+    """Nor is there ever a matrix of all users and items."""
+    monkeypatch.setattr(baselines, "CELLS_AT_ONCE", users_at_once * 20)
+    table = torch.rand(30, 20)
     asked = []
-    original = NeighbourScorer._scores
-    monkeypatch.setattr(baselines, "CELLS_AT_ONCE", 10 * split.nb_items)
-    monkeypatch.setattr(
-        NeighbourScorer, "_scores", lambda *args: asked.append(len(args[1])) or original(*args)
-    )
-    evaluate(ItemKNN().fit(split), split)
-    assert sum(asked) == split.nb_users
-    assert max(asked) == 10
-
-
-def test_factors_score_by_inner_products():
-    """Of the user's and the item's."""
-    scorer = FactorScorer(torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0, 0.0], [2.0, 5.0]]))
-    assert scorer(torch.tensor([1, 0]), torch.tensor([[0, 1], [1, 1]])).tolist() == [[3, 1], [12, 12]]
+    scorer = RowScorer(lambda users: asked.append(len(users)) or table[users], 20)
+    users, items = torch.randint(30, (18,)), torch.randint(20, (18, 5))
+    assert (scorer(users, items) == table[users].gather(1, items)).all()
+    assert max(asked) == min(users_at_once, 18)
+    assert sum(asked) == 18
 
 
 # --- the command line ---
@@ -204,6 +208,7 @@ def test_blas_is_not_left_to_compete_with_threads_of_als(split, monkeypatch):
     [
         (["--methods", "bpr"], "--methods"),
         (["-k", 0], "-k/--topk"),
+        (["-k", 5, 5], "-k/--topk"),
         (["--neighbours", 0], "--neighbours"),
         (["--similarity", "jaccard"], "--similarity"),
         (["--factors", 0], "--factors"),
