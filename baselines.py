@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 # Scores of users times items at once: 16 MB of float64, whatever the size of the data.
 CELLS_AT_ONCE = 1 << 21
-MAX_SIZE, MAX_SEED = (1 << 31) - 1, (1 << 63) - 1
+# Far beyond any use, and short of what takes all memory before anything can be said of it.
+MAX_SIZE, MAX_FACTORS, MAX_SEED = (1 << 31) - 1, 1 << 16, (1 << 63) - 1
 SIMILARITIES = ("cosine", "tfidf", "bm25")
 
 
@@ -43,7 +44,7 @@ class Method(Protocol):
     """A recommender with its settings, as a dataclass."""
 
     def fit(self, split: Split) -> Scorer:
-        """Learn from the training pairs; what scores with what was learned."""
+        """Learn from the training pairs; what scores with what was learned, of higher scores for likelier items."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class ItemKNN:
         neighbours: The most similar items that each item keeps; by cosine and tfidf it is one of them itself.
     """
 
-    # Near the best of each with 99 negatives and with 999, chosen as ALS's.
+    # Chosen as ALS's: within 1.5 points of the best HR@10 with 99 negatives, and within 0.5 with 999.
     similarity: str = "tfidf"
     neighbours: int = 200
 
@@ -102,6 +103,7 @@ class ALS:
 
     def fit(self, split: Split) -> Scorer:
         from implicit.cpu.als import AlternatingLeastSquares
+        from implicit.recommender_base import ModelFitError
         from threadpoolctl import threadpool_limits
 
         settings = asdict(self)
@@ -109,7 +111,10 @@ class ALS:
         # Its threads solve small systems each, and would wait for those that BLAS starts for every one.
         with threadpool_limits(1, "blas"):
             model = AlternatingLeastSquares(**settings, random_state=seed)
-            model.fit(interactions(split))
+            try:
+                model.fit(interactions(split))
+            except ModelFitError as error:
+                raise InputError(f"--alpha, --regularization: no solution with these: {error}") from error
         of_users, of_items = (torch.from_numpy(x) for x in (model.user_factors, model.item_factors))
         return RowScorer(lambda users: of_users[users] @ of_items.T, split.nb_items)
 
@@ -254,7 +259,7 @@ def parse_args() -> argparse.Namespace:
     for flag, values, least, greatest in (
         ("-k/--topk", args.topk, 1, MAX_SIZE),
         ("--neighbours", [given.get("neighbours")], 1, MAX_SIZE),
-        ("--factors", [given.get("factors")], 1, MAX_SIZE),
+        ("--factors", [given.get("factors")], 1, MAX_FACTORS),
         ("--iterations", [given.get("iterations")], 1, MAX_SIZE),
         ("-s/--seed", [given.get("seed")], 0, MAX_SEED),
     ):

@@ -227,6 +227,13 @@ def test_bad_flag_is_named(split_dir, flags, named):
     assert f"baselines.py: error: {named}" in outcome.err or f"argument {named}" in outcome.err
 
 
+def test_weight_without_a_solution_is_named(split_dir):
+    """Where float32 cannot hold what is solved."""
+    outcome = run_baselines(split_dir, "--methods", "als", "--alpha", 1e38)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("baselines.py: error: --alpha")
+
+
 def test_directory_without_a_split_is_named(tmp_path):
     """As everywhere."""
     outcome = run_baselines(tmp_path)
