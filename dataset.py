@@ -72,6 +72,16 @@ class Split:
         return self.negatives.shape[1] + 1
 
 
+def described(split: Split) -> str:
+    """What a split is and how its test items are ranked, as a sentence or two below figures."""
+    drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
+    return (
+        f"{split.nb_users} users, {split.nb_items} items, {len(split.train_users)} training pairs "
+        f"({split.digest[:19]}). Leave one out; {split.negatives.shape[1]} negatives per user, drawn "
+        f"{drawn[split.distinct_negatives]}; ties count against the test item."
+    )
+
+
 def id_dtype(count: int) -> np.dtype:
     """The smallest unsigned type for ids below ``count``: it halves the memory of ml-20m's negatives."""
     return np.min_scalar_type(max(count - 1, 0))

@@ -40,7 +40,7 @@ def draw_ranges(losses: Losses, path: Path) -> None:
     for axes in above:
         _draw_branches(axes, branches, _shared_level(tensors))
     _draw_tensors(below, tensors)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _shared_level(tensors: Sequence[TensorErrors]) -> float | None:
@@ -130,7 +130,7 @@ def draw_errors(losses: Losses, path: Path) -> None:
     _draw_losses(right, losses, [x.layer for x in outputs], places)
     for axes in (left, right):
         axes.margins(x=0.15)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_losses(axes: Axes, losses: Losses, layers: Sequence[str], places: Sequence[int]) -> None:
@@ -147,6 +147,11 @@ def _draw_losses(axes: Axes, losses: Losses, layers: Sequence[str], places: Sequ
     axes.legend(loc="best", fontsize=8)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the path's suffix; one figure always makes the same file."""
+    from matplotlib import rc_context
+
+    kind = path.suffix[1:].lower()
+    dates = {"metadata": {"Date": None}} if kind == "svg" else {}
+    with atomic_write(path) as temporary, rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(temporary, format=kind, dpi=120, **dates)

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.machine import machine
-from benchmarks.recipe import markdown_table
 from dataset import Split, load_split
 from distiller.cli import ArgumentParser, InputError, run
+from distiller.tables import markdown_table
 from evaluation import first_places, metrics_of_ranks, rank_last, score_candidates, users_per_block
 from export import ALIKE
 from exported import OnnxScorer, require_onnx

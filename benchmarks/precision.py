@@ -32,6 +32,7 @@ from dataset import Split, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError, run
 from distiller.files import atomic_write, file_digest
+from distiller.tables import markdown_table
 from evaluation import gains_of_ranks, metrics_of_ranks
 from recording import CHECKPOINT, QUANTIZED, RANKS
 from significance import bootstrap_interval, mcnemar
@@ -332,7 +333,7 @@ def markdown(figures: list[Figures]) -> str:
     for row in figures:
         means = (recipe.over_seeds(row.hr), recipe.over_seeds(row.ndcg))
         rows.append((row.name, *means, *cells(row.difference), f"{row.megabytes:.2f}", f"{row.seconds:.1f}"))
-    return recipe.markdown_table(HEADER, rows)
+    return markdown_table(HEADER, rows)
 
 
 def cells(difference: Difference | None) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks.machine import machine
-from dataset import Split, load_split
+from dataset import Split, described, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import ArgumentParser, InputError
 from recording import BEST, CHECKPOINT, CONFIG
@@ -110,23 +110,13 @@ def over_seeds(values: list[float]) -> str:
     return f"{mean(values):.2f}{spread}"
 
 
-def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def protocol(split: Split, args: argparse.Namespace, epoch: str) -> str:
     """What the figures mean and how they came about; ``epoch`` says which of the epochs the model is of."""
-    drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
     spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
     return (
-        f"{split.nb_users} users, {split.nb_items} items, {len(split.train_users)} training pairs "
-        f"({split.digest[:19]}). Leave one out; {split.negatives.shape[1]} negatives per user, drawn "
-        f"{drawn[split.distinct_negatives]}; ties count against the test item. Layers "
-        f"{' '.join(map(str, args.layers))}, {args.factors} factors, batch {args.batch_size}, learning rate "
-        f"{args.learning_rate}, {epoch} of {args.epochs} epochs, seeds "
-        f"{' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {machine()}."
+        f"{described(split)} Layers {' '.join(map(str, args.layers))}, {args.factors} factors, "
+        f"batch {args.batch_size}, learning rate {args.learning_rate}, {epoch} of {args.epochs} epochs, "
+        f"seeds {' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {machine()}."
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks import recipe
 from dataset import load_split
 from distiller.cli import run
+from distiller.tables import markdown_table
 
 METRICS = re.compile(r"Initial HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")
 MODES = {"asym_u": "Asymmetric", "sym": "Symmetric"}
@@ -56,7 +57,7 @@ def markdown(figures: list[dict[Row, Figures]]) -> str:
     for row in figures[0]:
         hr, ndcg = zip(*(of_seed[row] for of_seed in figures), strict=True)
         rows.append((*row, recipe.over_seeds(hr), recipe.over_seeds(ndcg)))
-    return recipe.markdown_table(HEADER, rows)
+    return markdown_table(HEADER, rows)
 
 
 def parse_args() -> argparse.Namespace:

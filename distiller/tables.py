@@ -1,11 +1,11 @@
-"""Delimited text read fast, with errors that name the file and the line."""
+"""Tables as text: delimited text read fast, with errors that name the file and the line; Markdown written."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -104,3 +104,9 @@ def _fault(field: bytes, kind: pa.DataType, unsigned: bool) -> str | None:
     except ValueError:
         return "not a number"
     return None if finite else "not finite"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

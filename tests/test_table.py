@@ -15,7 +15,9 @@ import torch
 from conftest import Outcome, call, run_ncf
 from torch.distributed.run import get_args_parser
 
+import baselines
 import convert
+import plot
 import synthetic
 from benchmarks import evaluation, precision, table, training
 from benchmarks.table import figures_in, markdown
@@ -282,6 +284,8 @@ def known_flags() -> dict[str, set[str]]:
         "ncf.py": flags_of(lambda: build_parser().parse_args()),
         "convert.py": flags_of(convert.parse_args),
         "synthetic.py": flags_of(lambda: synthetic.parse_arguments(None)),
+        "baselines.py": flags_of(baselines.parse_args),
+        "plot.py": flags_of(plot.parse_args),
         "benchmarks.table": flags_of(table.parse_args),
         "benchmarks.precision": flags_of(precision.parse_args),
         "benchmarks.training": flags_of(training.parse_args),
@@ -318,6 +322,26 @@ def test_flags_in_quotes_in_the_readme_take_what_they_say():
         for value in values.split("|"):
             extra = ["--qe-clip-n-stds", "2"] if value == "n_std" else []
             build_parser().parse_args(["data", flag, value, *extra])
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_contents_of_the_readme_are_its_sections():
+    """In order; and whatever it points to within itself or beside itself is there."""
+    text = (ROOT / "README.md").read_text()
+    sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    contents = text.split("## Contents\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^- \[(.*)\]\(#(.*)\)$", contents, re.MULTILINE)
+    assert listed == [(section, anchor(section)) for section in sections if section != "Contents"]
+    anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert {target[1:] for target in targets if target.startswith("#")} <= anchors
+    files = [target for target in targets if not target.startswith(("#", "https://"))]
+    assert files
+    assert all((ROOT / target).exists() for target in files)
 
 
 def test_targets_in_the_readme_exist():
