@@ -6,6 +6,8 @@ Shapes: B users, C items of each, N = B * C pairs, I items in all, F = mf_dim, L
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distiller.memory import MEMORY_ERRORS, is_out_of_memory
 from distiller.quantization.train_aware import is_quantization_aware
 from neumf import NeuMF
 
@@ -20,6 +23,8 @@ from neumf import NeuMF
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
 Computation = TypeVar("Computation", bound=Callable)
+
+log = logging.getLogger("ncf")
 
 # Pairs computed with at once. The published model's widest activations, 4000 x 256 float32, then take 4 MB and stay in
 # the cache between layers: with four times as many, two Xeon cores scored 15 % fewer pairs a second in FP32 and 37 %
@@ -29,28 +34,54 @@ PAIRS_AT_ONCE = {"cpu": 4_000, "cuda": 250_000}
 COMPILED_PAIRS_AT_ONCE = PAIRS_AT_ONCE | {"cpu": 8_000}
 
 
-def in_parts(compute: Callable[..., Tensor], pairs: Mapping[str, int], *tensors: Tensor) -> Tensor:
-    """A function of tensors computed for a few users at a time.
+class InParts:
+    """Computes functions of tensors for a few users at a time, and for ever fewer where memory runs out.
 
     Args:
-        compute: Takes the tensors, B rows each, to results of B rows.
         pairs: So many at a time, on each kind of device.
-        tensors: Their rows are users; the last one is their items (B, C).
-
-    Returns:
-        The results for all users, one after the other.
+        retry: Try with fewer; else running out of memory is an error, for a model that somebody watches.
     """
-    items = tensors[-1]
-    users = max(1, pairs[items.device.type] // items.shape[1])
-    parts = zip(*(tensor.split(users) for tensor in tensors), strict=True)
-    for start, part in zip(range(0, len(items), users), parts, strict=True):
-        values = compute(*part)
-        if not start:
-            results = values.new_empty(len(items), *values.shape[1:])
-        results[start : start + users] = values
-        # Memory that is given back whole is used again for the next part, while it still is in the cache.
-        del values
-    return results
+
+    def __init__(self, pairs: Mapping[str, int], retry: bool = True):
+        self._pairs = pairs
+        self._retry = retry
+        self._most: float = math.inf  # users at a time, of those for whom memory sufficed
+
+    def __call__(self, compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Compute the results for all users, one after the other.
+
+        Args:
+            compute: Takes the tensors, B rows each, to results of B rows.
+            tensors: Their rows are users; the last one is their items (B, C).
+
+        Raises:
+            MemoryError, RuntimeError: out of memory for a single user.
+        """
+        items, start = tensors[-1], 0
+        while start < len(items):
+            users = max(1, min(self._pairs[items.device.type] // items.shape[1], self._most))
+            try:
+                values = compute(*(tensor[start : start + users] for tensor in tensors))
+                if not start:
+                    results = values.new_empty(len(items), *values.shape[1:])
+                results[start : start + users] = values
+            except MEMORY_ERRORS as error:
+                if not self._retry:
+                    raise
+                self._most = fewer_users(min(users, len(items)), error)
+                continue
+            start += len(values)
+            # Memory that is given back whole is used again for the next part, while it still is in the cache.
+            del values
+        return results
+
+
+def fewer_users(users: int, error: Exception) -> int:
+    """Half as many users at a time, after running out of memory; raises any other error again, and for one user."""
+    if users == 1 or not is_out_of_memory(error):
+        raise error
+    log.warning("out of memory with %d users at a time: going on with %d", users, users // 2)
+    return users // 2
 
 
 def for_one_shape(compute: Computation) -> Computation:
@@ -72,16 +103,17 @@ class PairScorer:
     Args:
         model: Called as ``model(users, items, sigmoid=True)`` on (N,) int64 each; put into evaluation mode.
         one_user: A call is of one user's items, for a model whose arithmetic depends on the whole batch.
+        retry: As for ``InParts``.
     """
 
-    def __init__(self, model: nn.Module, one_user: bool = False):
+    def __init__(self, model: nn.Module, one_user: bool = False, retry: bool = True):
         self._model = model.eval()
-        self._pairs = dict.fromkeys(PAIRS_AT_ONCE, 1) if one_user else PAIRS_AT_ONCE
+        self._parts = InParts(dict.fromkeys(PAIRS_AT_ONCE, 1) if one_user else PAIRS_AT_ONCE, retry)
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
         """The probabilities (B, C) of items (B, C) int64 for users (B,) int64."""
-        return in_parts(self._scores, self._pairs, users, items)
+        return self._parts(self._scores, users, items)
 
     def _scores(self, users: Tensor, items: Tensor) -> Tensor:
         pairs = users.repeat_interleave(items.shape[1]), items.flatten()
@@ -117,14 +149,14 @@ class FactoredScorer:
             mf_dim = model.mf_item_embed.weight.shape[1]
             self._mf_weight, self._mlp_weight = model.final.weight[0].tensor_split([mf_dim])
         self._compute = for_one_shape(self._scores) if compiled else self._scores
-        self._pairs = COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE
+        self._parts = InParts(COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE)
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
         """The probabilities (B, C), in the weights' dtype, of items (B, C) int64 for users (B,) int64."""
         user_sums = F.linear(self._model.mlp_user_embed(users), self._user_weight, self._model.mlp[0].bias)
         user_factors = self._model.mf_user_embed(users) * self._mf_weight
-        return in_parts(self._compute, self._pairs, user_sums, user_factors, items)
+        return self._parts(self._compute, user_sums, user_factors, items)
 
     def _scores(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
         logit = (self._hidden(user_sums, items) @ self._mlp_weight).view(items.shape)
