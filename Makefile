@@ -1,5 +1,7 @@
 # make demo                     install, then everything on a small synthetic set, down to the README's table
 # make test                     install, lint, all tests
+# make faults                   kill training 50 times, resume it each time, compare the end with an unbroken run
+# make fuzz                     10,000 malformed inputs for every loader and the command line; hours
 # make table DATA=ratings.csv   the README's benchmark table for real data (or an already converted directory)
 # make precision DATA=ratings.csv   the table of what each precision costs, likewise; of five seeds
 
@@ -11,8 +13,10 @@ EPOCHS ?= 20
 SEEDS ?= 1
 # Where tables keep models, so that they need not train them again; other settings want another place.
 OUT ?= run/table
+# Where `make faults` trains; a fresh directory.
+FAULTS ?= run/faults
 
-.PHONY: demo test lint table precision clean
+.PHONY: demo test lint table precision faults fuzz clean
 
 demo: $(VENV)/installed
 	mkdir -p run
@@ -37,6 +41,12 @@ precision: OUT = run/precision
 precision: $(VENV)/installed
 	@test -n "$(DATA)" || { echo 'make precision: DATA=ratings.csv or DATA=directory of a split' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.precision "$(DATA)" --out "$(OUT)" --epochs $(EPOCHS) --seeds $(SEEDS)
+
+faults: $(VENV)/installed
+	$(BIN)/python -m benchmarks.faults --kills 50 --out "$(FAULTS)"
+
+fuzz: $(VENV)/tests-installed
+	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest --durations=0 tests/test_fuzz.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -26,12 +26,12 @@ from scoring import float_scorer
 log = logging.getLogger("ncf")
 
 
-def choose_quantization(args: Namespace, split: Split, device: torch.device) -> None:
+def choose_quantization(args: Namespace, split: Split, device: torch.device, directory: Path) -> None:
     """Choose how to quantize by some users, leave that as files, and report it on the others."""
     model = load_model(args, args.load, load_checkpoint(args.load), split)
     if nb_calibration_users(split) == split.nb_users:
         raise InputError(f"--qe-auto: {args.data} has too few users to choose by some and report on others")
-    directory = recording.open_run_directory(args.out_dir, args.name, device)
+    recording.start_log(directory, device)
     chooser = build_chooser(args, model.eval().to(device), split, device)
     log.info("Chosen by %d users. In float: %s", nb_calibration_users(split), chooser.in_float)
     trials = []

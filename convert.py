@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from dataset import CSV_FILES, NEGATIVE, PICKLE, TEST, TRAIN, Split, id_dtype, write_pickle
+from dataset import CSV_FILES, NEGATIVE, PICKLE, TEST, TRAIN, Split, building, id_dtype, write_pickle
 from distiller.cli import ArgumentParser, InputError, run
 from distiller.files import atomic_write, file_digest
 from distiller.tables import read_columns
@@ -219,9 +219,11 @@ def convert(path: Path, out: Path, nb_negatives: int = 999, seed: int = 0, disti
 
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        # Left in the reverse order, the pickle is renamed last.
-        pickle_path, *csv_paths = [
-            stack.enter_context(atomic_write(out / name)) for name in (PICKLE, *CSV_FILES)
+        stack.enter_context(building(out))
+        # Left in the reverse order, the pickle is renamed first. It is the newest, so that from then on it holds good,
+        # also after a kill that leaves some of the CSV files as they were.
+        *csv_paths, pickle_path = [
+            stack.enter_context(atomic_write(out / name)) for name in (*CSV_FILES, PICKLE)
         ]
         file_of = dict(zip(CSV_FILES, csv_paths, strict=True))
         write_blocks(file_of[TRAIN], pair_text(train_users, train_items, nb_users, nb_items))

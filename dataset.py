@@ -9,23 +9,27 @@ import logging
 import mmap
 import os
 import pickle
-import struct
+import reprlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from distiller.cli import InputError
-from distiller.files import atomic_write, file_digest
+from distiller.files import atomic_write, file_digest, remove_parts
+from distiller.locks import locked
 from distiller.tables import read_columns
+from distiller.unpickling import PlainUnpickler, StandIn, UnknownNameError
 
-PICKLE = "split.pickle"
+PICKLE, LOCK = "split.pickle", ".split.lock"
 TRAIN, TEST, NEGATIVE = "train-ratings.csv", "test-ratings.csv", "test-negative.csv"
 CSV_FILES = (TRAIN, TEST, NEGATIVE)
-MAX_ITEMS = 1 << 28  # a model of more would not fit any memory
+# A model takes memory for every item, so that a small file must not claim many: these at most that it does not name.
+UNNAMED_ITEMS = 1 << 16
 FORMAT, VERSION = "neumf-split", 2
 WITHOUT_VALIDATION = 1  # the version before, which has no validation_items
 
@@ -101,28 +105,57 @@ def load_split(directory: str | Path) -> Split:
     csv_paths = [directory / name for name in CSV_FILES]
     missing = [path.name for path in csv_paths if not path.is_file()]
     pickle_path = directory / PICKLE
-    if not pickle_path.is_file():
-        if missing:
-            raise InputError(f"data: {directory} has no split: neither {PICKLE} nor {', '.join(missing)}")
-        return _convert_csv(csv_paths, pickle_path)
-    if missing:
+    if missing and pickle_path.is_file():
         return read_pickle(pickle_path)
+    if missing:
+        raise InputError(f"data: {directory} has no split: neither {PICKLE} nor {', '.join(missing)}")
+    split, why = _up_to_date(pickle_path, csv_paths)
+    if split is not None:
+        return split
+    with building(directory):
+        # Another process may have made it meanwhile.
+        split, why = _up_to_date(pickle_path, csv_paths)
+        if split is not None:
+            return split
+        if why:
+            log.warning("%s: made anew from the CSV files", why)
+        return _convert_csv(csv_paths, pickle_path)
+
+
+@contextmanager
+def building(directory: Path) -> Iterator[None]:
+    """Make a directory's split while it lasts, alone: other processes wait. Where nothing can be written, none does."""
+
+    def wait(holder: str) -> None:
+        log.info("Waiting for the split in %s, which is being made by %s", directory, holder)
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(directory / LOCK, "making the split", wait))
+            remove_parts(directory)
+        except OSError as error:
+            log.debug("%s: not locked (%s)", directory, error.strerror)
+        yield
+
+
+def _up_to_date(pickle_path: Path, csv_paths: list[Path]) -> tuple[Split | None, str]:
+    """The split in the pickle, where it is that of the CSV files; else None, and why not, unless there is no pickle."""
+    if not pickle_path.is_file():
+        return None, ""
     try:
         split = read_pickle(pickle_path)
     except InputError as error:
-        log.warning("%s: made anew from the CSV files", error)
-        return _convert_csv(csv_paths, pickle_path)
+        return None, str(error)
     if pickle_path.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in csv_paths):
-        return split
+        return split, ""
     # Copying a directory can make any of its files the newest. Only the pickle knows ids, seed and digest.
-    if same_pairs(split, read_csv(*csv_paths)):
-        try:
-            os.utime(pickle_path)
-        except OSError as error:
-            log.warning("%s: not touched (%s); the next start compares it again", pickle_path, error.strerror)
-        return split
-    log.warning("%s is older than the CSV files: made anew from them", pickle_path)
-    return _convert_csv(csv_paths, pickle_path)
+    if not same_pairs(split, read_csv(*csv_paths)):
+        return None, f"{pickle_path} is older than the CSV files"
+    try:
+        os.utime(pickle_path)
+    except OSError as error:
+        log.warning("%s: not touched (%s); the next start compares it again", pickle_path, error.strerror)
+    return split, ""
 
 
 def same_pairs(first: Split, second: Split) -> bool:
@@ -177,10 +210,6 @@ def read_csv(train_path: Path, test_path: Path, negative_path: Path) -> Split:
     for column, name in enumerate(columns):
         matrix[:, column] = negatives[name].to_numpy()
     nb_items = int(max(train_items.max(), test_items.max(), matrix.max())) + 1
-    if nb_items > MAX_ITEMS:
-        raise InputError(
-            f"{train_path.parent}: item {nb_items - 1}: items are numbered from 0 to their count"
-        )
     split = Split(
         nb_users=nb_users,
         nb_items=nb_items,
@@ -198,7 +227,7 @@ def read_csv(train_path: Path, test_path: Path, negative_path: Path) -> Split:
     return split
 
 
-class _ArrayType:
+class _ArrayType(StandIn):
     """Stands in for ``numpy.dtype``, whose own ``__setstate__`` crashes on states that are not its own."""
 
     CODES = frozenset({"u1", "u2", "u4", "u8", "i8"})
@@ -215,32 +244,17 @@ class _ArrayType:
 
 def _array(buffer: bytes, kind: _ArrayType, shape: tuple, order: str) -> np.ndarray:
     """What NumPy's ``_frombuffer`` makes of a pickled array."""
+    if not isinstance(kind, _ArrayType):
+        raise pickle.UnpicklingError("it holds an array of no type")
     return np.frombuffer(buffer, dtype=f"<{kind.code}").reshape(shape, order=order)
 
 
-# Python's unpickler and not C's, which takes memory for whatever memo index a file names. A split has few parts, so
-# that it is no slower.
-class _SplitUnpickler(pickle._Unpickler):
-    """Builds plain values and NumPy arrays and nothing else, whatever the pickle asks for."""
-
-    # What a protocol 5 pickle of contiguous arrays names, in NumPy 2 and in NumPy 1.
-    KNOWN: ClassVar = {
-        ("numpy", "dtype"): _ArrayType,
-        ("numpy._core.numeric", "_frombuffer"): _array,
-        ("numpy.core.numeric", "_frombuffer"): _array,
-    }
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which a split does not")
-        return self.KNOWN[module, name]
-
-    def load_bytearray8(self) -> None:
-        """Read a writable array's bytes; the base class would take the memory first, in whatever size is claimed."""
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.append(self.read(length))
-
-    dispatch: ClassVar = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}
+# What a protocol 5 pickle of contiguous arrays names, in NumPy 2 and in NumPy 1.
+KNOWN = {
+    ("numpy", "dtype"): _ArrayType,
+    ("numpy._core.numeric", "_frombuffer"): _array,
+    ("numpy.core.numeric", "_frombuffer"): _array,
+}
 
 
 def read_pickle(path: Path) -> Split:
@@ -254,16 +268,20 @@ def read_pickle(path: Path) -> Split:
         try:
             # Mapped, so that a read beyond the end costs nothing, whatever length a file claims.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                content = _SplitUnpickler(mapped).load()
+                content = PlainUnpickler(mapped, KNOWN).load()
+        except UnknownNameError as error:
+            raise InputError(f"{path}: refused: it holds {error}, which a split does not") from error
         # A damaged pickle can make the unpickler raise nearly anything; all of it means the same here.
         except Exception as error:
             reason = " ".join([type(error).__name__, *str(error).split()])
             raise InputError(f"{path}: not a whole split: {reason}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or type(content.get("format")) is not str or content["format"] != FORMAT:
         raise InputError(f"{path}: not a split")
     version = content.get("version")
     if type(version) is not int or version not in (WITHOUT_VALIDATION, VERSION):
-        raise InputError(f"{path}: version {version!r} of the format, this program reads {VERSION}")
+        raise InputError(
+            f"{path}: version {reprlib.repr(version)} of the format, this program reads {VERSION}"
+        )
     names = {field.name for field in fields(Split)}
     if version == WITHOUT_VALIDATION:
         names -= {"validation_items"}
@@ -291,10 +309,10 @@ def check_split(split: Split, where: Path) -> None:
         if not condition:
             raise InputError(f"{where}: {message}")
 
-    require(
-        all(type(count) is int and count >= 2 for count in (split.nb_users, split.nb_items)),
-        f"{split.nb_users!r} users and {split.nb_items!r} items, a split has at least 2 of each",
-    )
+    for name in ("nb_users", "nb_items"):
+        count = getattr(split, name)
+        counted = type(count) is int and count >= 2
+        require(counted, f"{name} is {reprlib.repr(count)}, a split has at least 2 of each")
     arrays = {"train_users": 1, "train_items": 1, "test_items": 1, "negatives": 2}
     if split.validation_items is not None:
         arrays["validation_items"] = 1
@@ -309,6 +327,11 @@ def check_split(split: Split, where: Path) -> None:
         require(ids, f"{name} is no array of ids in {ndim} dimension(s)")
         bound = split.nb_users if name == "train_users" else split.nb_items
         require(int(array.max()) < bound, f"{name} holds id {array.max()}, but ids end at {bound - 1}")
+    named = split.train_items.size + split.test_items.size + split.negatives.size
+    require(
+        split.nb_items <= max(named, UNNAMED_ITEMS),
+        f"{split.nb_items} items, but only {named} ids of them: items are numbered from 0 to their count",
+    )
     for name, count in (("user_ids", split.nb_users), ("item_ids", split.nb_items)):
         ids = getattr(split, name)
         numbers = isinstance(ids, np.ndarray) and ids.dtype.kind == "i" and ids.shape == (count,)
@@ -319,7 +342,7 @@ def check_split(split: Split, where: Path) -> None:
         ("digest", (str,)),
     ):
         value = getattr(split, name)
-        require(type(value) in kinds, f"{name} is {value!r}")
+        require(type(value) in kinds, f"{name} is {reprlib.repr(value)}")
     require(split.train_users.shape == split.train_items.shape, "training users and items differ in number")
     for name in arrays.keys() - {"train_users", "train_items"}:
         array, name = getattr(split, name), name.replace("_", " ")

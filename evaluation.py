@@ -17,8 +17,9 @@ from tqdm import tqdm
 from catalogue import score_catalogue
 from dataset import Split
 from distiller.cli import InputError
+from distiller.memory import MEMORY_ERRORS
 from processes import Processes
-from scoring import Candidates, PairScorer, Scorer
+from scoring import Candidates, PairScorer, Scorer, fewer_users
 
 # Pairs ranked at once: a second's work of a processor at most, and little memory.
 PAIRS_PER_BLOCK = {"cpu": 64_000, "cuda": 1_000_000}
@@ -97,7 +98,7 @@ def candidate_items(split: Split, start: int, stop: int) -> Tensor:
 
 @torch.inference_mode()
 def score_candidates(
-    scorer: Scorer, split: Split, users: range, device: torch.device | str = "cpu"
+    scorer: Scorer, split: Split, users: range, device: torch.device | str = "cpu", retry: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Score users' candidates, block by block.
 
@@ -106,20 +107,32 @@ def score_candidates(
         split: Whose candidates.
         users: Which users, one after the other.
         device: The scorer's.
+        retry: Where memory runs out, go on with smaller blocks.
 
     Yields:
         Items (B, C) int64 and their scores (B, C), both on ``device``.
+
+    Raises:
+        MemoryError, RuntimeError: out of memory for a single user, or without ``retry``.
     """
-    block = users_per_block(split, device)
-    for start in range(users.start, users.stop, block):
+    block, start = users_per_block(split, device), users.start
+    while start < users.stop:
         stop = min(start + block, users.stop)
-        items = candidate_items(split, start, stop).to(device)
-        yield items, scorer(torch.arange(start, stop, device=device), items)
+        try:
+            items = candidate_items(split, start, stop).to(device)
+            scores = scorer(torch.arange(start, stop, device=device), items)
+        except MEMORY_ERRORS as error:
+            if not retry:
+                raise
+            block = fewer_users(stop - start, error)
+            continue
+        yield items, scores
+        start = stop
 
 
 def score_all(model: nn.Module, split: Split, nb_users: int, device: torch.device | str = "cpu") -> None:
-    """Call a model on the candidates of the first ``nb_users``, for whoever watches it at that."""
-    scored = score_candidates(PairScorer(model), split, range(nb_users), device)
+    """Call a model on the candidates of the first ``nb_users``, once each, for whoever watches it at that."""
+    scored = score_candidates(PairScorer(model, retry=False), split, range(nb_users), device, retry=False)
     blocks = -(-nb_users // users_per_block(split, device))
     for _ in tqdm(scored, total=blocks, desc="Score test users", unit="block"):
         pass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distiller.cli import InputError
-from scoring import PAIRS_AT_ONCE, in_parts
+from scoring import PAIRS_AT_ONCE, InParts
 
 INPUTS, OUTPUT = ("user", "item"), "score"
 
@@ -27,9 +27,10 @@ class ExportedScorer(ABC):
 
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
         """The probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
-        return in_parts(self._scores, PAIRS_AT_ONCE, users, items)
+        return InParts(PAIRS_AT_ONCE)(self._scores, users, items)
 
     def _scores(self, users: Tensor, items: Tensor) -> Tensor:
+        items = items.expand(len(users), -1)
         return self.run(users.repeat_interleave(items.shape[1]), items.flatten()).view(items.shape)
 
     @abstractmethod

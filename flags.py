@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import secrets
 from argparse import Action, Namespace
 from collections.abc import Callable
@@ -106,6 +107,11 @@ def add_training_flags(add: AddArgument) -> None:
         "--validate",
         action="store_true",
         help="hold out the item before the last too, choose the best epoch by it, and evaluate that one on the last",
+    )
+    add(
+        "--save-every",
+        **number,
+        help="within an epoch too, save every N steps, so that a kill loses at most N (default: after each epoch)",
     )
     add("--reset-optimizer", action="store_true", help="with --load: a fresh optimizer, and epochs from 0")
     add(
@@ -224,14 +230,35 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     marked = parser.parse_args(argv, Namespace(**dict.fromkeys(vars(args), absent)))
     args.given = {name for name, value in vars(marked).items() if value is not absent}
     if args.resume:
-        for name, value in read_config(args).items():
-            if name in vars(args) and name not in args.given | OF_EACH_START:
-                setattr(args, name, value)
+        take_settings(args, parser, read_config(args))
     args.topk = args.cutoffs[0]
     check_args(args)
     if args.seed is None:
         args.seed = secrets.randbelow(1 << 32)
     return args
+
+
+def take_settings(args: Namespace, parser: ArgumentParser, config: dict[str, Any]) -> None:
+    """Set what no flag has given as the run's configuration has it."""
+    for action in parser._actions:
+        name = action.dest
+        if name in config and name not in args.given | OF_EACH_START:
+            if not is_setting_of(action, config[name]):
+                value = reprlib.repr(config[name])
+                raise InputError(f"--resume: {Path(args.out_dir) / recording.CONFIG}: {name} is {value}")
+            setattr(args, name, config[name])
+
+
+def is_setting_of(action: Action, value: object) -> bool:
+    """Whether a value is such as a flag gives."""
+    if action.nargs == 0:
+        return type(value) is bool
+    if value is None:
+        return action.default is None
+    types = {int: (int,), None: (str,)}.get(action.type, (int, float))
+    values = value if action.nargs == "+" else [value]
+    fit = isinstance(values, list) and all(type(each) in types for each in values)
+    return fit and bool(values or not action.default) and (action.choices is None or value in action.choices)
 
 
 def asks_for_split(path: str) -> bool:
@@ -249,11 +276,11 @@ def read_config(args: Namespace) -> dict[str, Any]:
         raise InputError("--resume needs -o/--out-dir: the run to go on with")
     directory = Path(args.out_dir)
     if not all((directory / name).is_file() for name in (recording.CHECKPOINT, recording.CONFIG)):
-        raise InputError(f"--resume: {directory} holds no run to go on with")
+        raise InputError(f"--resume: {directory} holds no run with a checkpoint to go on from")
     try:
         config = dict(json.loads((directory / recording.CONFIG).read_text()))
         return {"cutoffs": [config["topk"]]} | config  # of runs from before there were several
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"--resume: {directory / recording.CONFIG}: {error}") from error
 
 
@@ -269,6 +296,7 @@ def check_args(args: Namespace) -> None:
         ("-k/--topk", max(args.cutoffs), 1, MAX_SIZE),
         ("-p/--processes", args.processes, 1, MAX_SIZE),
         ("--max-steps", args.max_steps, 1, MAX_SIZE),
+        ("--save-every", args.save_every, 1, MAX_SIZE),
         ("--log-freq", args.log_freq, 1, MAX_SIZE),
         ("-s/--seed", args.seed, 0, (1 << 63) - 1),
         ("--qe-max-loss", args.qe_max_loss, 0, 100),
@@ -311,6 +339,7 @@ def check_combination(args: Namespace) -> None:
             "overwrite",
             "reset_optimizer",
             "max_steps",
+            "save_every",
             "threshold",
             "compress",
             "param_hist",

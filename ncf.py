@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import sys
 from argparse import Namespace
@@ -25,6 +26,7 @@ from distiller.calibration import STATS_FILE, TestFunction, collect_quant_stats
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError, run
 from distiller.files import file_digest
+from distiller.memory import out_of_memory_named
 from distiller.quantization import PostTrainLinearQuantizer
 from distiller.quantization.integer import NotIntegerError
 from distiller.quantization.statistics import foreign_statistics, save_statistics
@@ -50,6 +52,8 @@ PAIRS_WORTH_COMPILING = 40_000_000
 
 # What runs have that were begun before there was a choice.
 OF_THE_METRICS = {"ranking": "sampled", "validate": False}
+# What becomes of a checkpoint that is whole and holds other values than it should.
+WRONG_CONTENT = (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, RuntimeError)
 
 log = logging.getLogger("ncf")
 
@@ -94,7 +98,9 @@ def build_optimizer(args: Namespace, model: NeuMF) -> torch.optim.Adam:
     return LazyAdam(model.parameters(), model.tables(), lr=args.learning_rate)
 
 
-def train(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
+def train(
+    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
+) -> None:
     """Train, from new weights, from ``--load``, or from where the run to resume stands."""
     start = check_start(args, processes)
     if args.param_hist:
@@ -120,8 +126,11 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
     if args.validate:
         seen = validation_split(split, args.data)
         warn_of_validation_items(checkpoint, start)
+    batches = TrainingBatches(seen, args.batch_size, args.negative_samples, args.seed, device, processes)
+    if not 0 <= progress.step <= len(batches):
+        raise InputError(f"{start}: step {progress.step} of an epoch of {len(batches)}")
     processes.agree(None)  # no file changes before all have read
-    with open_recorder(args, device, processes) as recorder:
+    with open_recorder(args, device, directory, progress, batches) as recorder:
         compiled = choose_compilation(args, device)
         log.info(
             "Training with %s, %s matrix products, %s, on %s",
@@ -130,7 +139,6 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
         config = resolved_config(args, split, device, model) | {"compiled": compiled}
         if recorder is not None:
             recording.write_config(recorder.directory, config)
-        batches = TrainingBatches(seen, args.batch_size, args.negative_samples, args.seed, device, processes)
         trainer = Trainer(
             Step(model, optimizer, args.precision, compiled, processes),
             batches,
@@ -143,6 +151,7 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
             log_freq=args.log_freq,
             device=device,
             progress=progress,
+            save_every=args.save_every or 0,
         )
         trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
         if args.validate:
@@ -150,15 +159,22 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
 
 
 def open_recorder(
-    args: Namespace, device: torch.device, processes: Processes
+    args: Namespace,
+    device: torch.device,
+    directory: Path | None,
+    progress: Progress,
+    batches: TrainingBatches,
 ) -> AbstractContextManager[recording.Recorder | None]:
-    """What records the run in its directory, in the first process; None in the others."""
-    if not processes.first:
+    """What records the run in its directory, in the first process; None in the others, which have none."""
+    if directory is None:
         return nullcontext()
-    directory = recording.open_run_directory(args.out_dir, args.name, device)
-    if not args.resume:
+    if args.resume:
+        recording.drop_results_after(directory, progress.epoch, progress.step)
+    else:
         recording.clear_run(directory)
-    return recording.Recorder(directory, pictures=args.param_hist)
+    recording.start_log(directory, device)
+    done = progress.epoch * len(batches) + progress.step
+    return recording.Recorder(directory, pictures=args.param_hist, step=done if args.resume else 0)
 
 
 def check_start(args: Namespace, processes: Processes) -> str | Path | None:
@@ -210,21 +226,21 @@ def restore(
             "--reset-optimizer starts without that state"
         )
     try:
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        for parameter in optimizer.param_groups[0]["params"]:
-            state = optimizer.state[parameter]
-            if {state["exp_avg"].shape, state["exp_avg_sq"].shape} != {parameter.shape}:
-                raise ValueError("moments of other shapes than the weights")
-        epoch = int(checkpoint["epoch"])
+        load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
         # The original's checkpoints are of whole epochs.
-        progress = Progress(**checkpoint["progress"]) if "progress" in checkpoint else Progress(epoch + 1)
+        progress = Progress(
+            **(checkpoint["progress"] if "progress" in checkpoint else {"epoch": checkpoint["epoch"] + 1})
+        )
         settings = checkpoint["config"] if "progress" in checkpoint else {}
         before = {name: settings.get(name) for name in ("batch_size", "negative_samples", "seed")}
         before |= {name: settings.get(name, default) for name, default in OF_THE_METRICS.items()}
         before["cutoffs"] = settings.get("cutoffs", [settings.get("topk")])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        if args.resume:  # from which ``bind`` goes on
+            float(settings["learning_rate"]), dict(checkpoint["schedule_state_dict"])
+    except WRONG_CONTENT as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"{path}: no state to go on from ({type(error).__name__}: {error}); --reset-optimizer starts without one"
+            f"{path}: no state to go on from ({type(error).__name__}: {reason}); --reset-optimizer starts without one"
         ) from error
     check_going_on(progress, before, checkpoint, split, args, path)
     for group in optimizer.param_groups:
@@ -235,6 +251,29 @@ def restore(
         args.learning_rate = optimizer.param_groups[0]["lr"]  # what the configuration then records
         progress.best_hr = Progress.best_hr  # the new run has no best.pth.tar yet
     return progress
+
+
+def load_optimizer(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
+    """Take over an Adam's state from a checkpoint; an error of ``WRONG_CONTENT`` unless it is one."""
+    groups = optimizer.param_groups
+    own = {name: groups[0][name] for name in ("fused", "foreach", "capturable")}
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group.update(own)
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= float(group[name]) < math.inf:
+                raise ValueError(f"{name} is {group[name]}")
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas are {group['betas']}")
+        for name in ("amsgrad", "maximize", "differentiable"):
+            if group[name] is not False:
+                raise ValueError(f"Adam with {name}")
+    for parameter in optimizer.param_groups[0]["params"]:
+        moments = optimizer.state[parameter]
+        if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {parameter.shape}:
+            raise ValueError("moments of other shapes than the weights")
+        if not 0 <= moments["step"].item() < math.inf:
+            raise ValueError("a negative count of steps")
 
 
 def bind(
@@ -249,7 +288,7 @@ def bind(
         schedule.load_state_dict(checkpoint["schedule_state_dict"])
         if args.learning_rate == checkpoint["config"]["learning_rate"]:
             # Binding has set the rate to the schedule's start; this is the one that it had reached.
-            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+            load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
 
 
 def restore_lagging(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -260,7 +299,7 @@ def restore_lagging(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]
     if optimizer.param_groups[0]["lr"] == checkpoint["optimizer_state_dict"]["param_groups"][0]["lr"]:
         try:
             optimizer.restore_lagging(lagging)
-        except (ValueError, TypeError, AttributeError) as error:
+        except WRONG_CONTENT as error:
             raise InputError(f"{path}: lagging_rows: {error}") from error
 
 
@@ -332,11 +371,11 @@ def calibration_pass(args: Namespace, split: Split, device: torch.device, share:
     return partial(score_all, split=split, nb_users=first_users(split, share), device=device)
 
 
-def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
+def calibrate(args: Namespace, split: Split, device: torch.device, directory: Path) -> None:
     """Collect statistics of activations for ``--qe-stats-file``."""
     model = load_model(args, args.load, load_checkpoint(args.load), split)
     test_fn = calibration_pass(args, split, device, args.qe_calibration)
-    directory = recording.open_run_directory(args.out_dir, args.name, device)
+    recording.start_log(directory, device)
     statistics = collect_quant_stats(model.to(device), test_fn, rows_per_batch=split.nb_candidates)
     comment = "\n".join(
         [
@@ -351,12 +390,12 @@ def calibrate(args: Namespace, split: Split, device: torch.device) -> None:
         log.info("Statistics of %d layers written to %s", len(statistics), path)
 
 
-def draw_activation_histograms(args: Namespace, split: Split, device: torch.device) -> None:
+def draw_activation_histograms(args: Namespace, split: Split, device: torch.device, directory: Path) -> None:
     """Histograms of every layer's output, to TensorBoard and as pictures."""
     recording.require_matplotlib("--activation-histograms")
     model = load_model(args, args.load, load_checkpoint(args.load), split)
     test_fn = calibration_pass(args, split, device, args.activation_histograms)
-    directory = recording.open_run_directory(args.out_dir, args.name, device)
+    recording.start_log(directory, device)
     statistics = collect_quant_stats(model.to(device), test_fn, rows_per_batch=split.nb_candidates)
     with recording.Recorder(directory, pictures=True) as recorder:
         recorder.activations(statistics)
@@ -437,7 +476,9 @@ def worth_compiling(args: Namespace, split: Split, device: torch.device) -> bool
     return device.type == "cpu" and pairs >= PAIRS_WORTH_COMPILING and choose_compilation(args, device)
 
 
-def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
+def evaluate_checkpoint(
+    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
+) -> None:
     """Evaluate in FP32, in half precision, or quantized; a model that is quantized here is kept."""
     checkpoint = load_checkpoint(args.load)
     quantizer = None
@@ -458,7 +499,7 @@ def evaluate_checkpoint(args: Namespace, split: Split, device: torch.device, pro
         scorer = unquantized_scorer(args, model, checkpoint, split, device)
     directory = None
     if processes.first:
-        directory = recording.open_run_directory(args.out_dir, args.name, device)
+        recording.start_log(directory, device)
         if quantizer:
             quantizer.save(directory)
             if args.quantize_eval:
@@ -511,16 +552,18 @@ def main() -> None:
             f"-k/--topk: {max(args.cutoffs)} of a list of only {nb_ranked(split, args.ranking)} candidates"
         )
     check_processes(args, processes)
-    if args.qe_calibration:
-        calibrate(args, split, device)
-    elif args.activation_histograms:
-        draw_activation_histograms(args, split, device)
-    elif args.qe_auto:
-        choose_quantization(args, split, device)
-    elif args.evaluate or args.quantize_eval or args.eval_fp16:
-        evaluate_checkpoint(args, split, device, processes)
-    else:
-        train(args, split, device, processes)
+    own = recording.run_directory(args.out_dir, args.name) if processes.first else nullcontext()
+    with own as directory, out_of_memory_named():
+        if args.qe_calibration:
+            calibrate(args, split, device, directory)
+        elif args.activation_histograms:
+            draw_activation_histograms(args, split, device, directory)
+        elif args.qe_auto:
+            choose_quantization(args, split, device, directory)
+        elif args.evaluate or args.quantize_eval or args.eval_fp16:
+            evaluate_checkpoint(args, split, device, processes, directory)
+        else:
+            train(args, split, device, processes, directory)
     leave_processes(processes)
 
 

@@ -33,7 +33,7 @@ from distiller.quantization.wrappers import (
     carry,
 )
 from neumf import NeuMF
-from scoring import COMPILED_PAIRS_AT_ONCE, PAIRS_AT_ONCE, for_one_shape, in_parts, sum_of_sides
+from scoring import COMPILED_PAIRS_AT_ONCE, PAIRS_AT_ONCE, InParts, for_one_shape, sum_of_sides
 
 TABLES = ("mf_user_embed", "mf_item_embed", "mlp_user_embed", "mlp_item_embed")
 
@@ -72,7 +72,7 @@ class IntegerNeuMF:
         self._prepare_product()
         self._prepare_final(self._item_integers.shape[1], model.mlp[-1].weight.shape[0])
         self._in_integers = for_one_shape(self._integers) if compiled else self._integers
-        self._pairs = COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE
+        self._parts = InParts(COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE)
 
     def _prepare_product(self) -> None:
         """The items' side of the product of embeddings: (I, F) integers, and their parameters."""
@@ -119,7 +119,7 @@ class IntegerNeuMF:
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
         """The probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
-        outputs = in_parts(self._final_outputs, self._pairs, *self._of_users(users), items).flatten(0, 1)
+        outputs = self._parts(self._final_outputs, *self._of_users(users), items).flatten(0, 1)
         logits = [
             carry(x, layer.fixed_output) if isinstance(layer, QuantizedModule) else x
             for x, layer in zip(outputs.split(1, dim=1), self._finals, strict=True)

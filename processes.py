@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from distiller.cli import InputError
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
     """This process among all of them.
 
@@ -33,6 +33,8 @@ class Processes:
 
     rank: int = 0
     world_size: int = 1
+    _asked: bool = field(default=False, init=False)
+    _asked_of_all: Tensor | None = field(default=None, init=False)
 
     @property
     def first(self) -> bool:
@@ -43,6 +45,17 @@ class Processes:
         """This process's part of ``range(count)``."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
+    def ask_to_stop(self) -> None:
+        """Make ``asked_to_stop`` true: in all processes, and in all at once, after the next ``sum``."""
+        self._asked = True
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether one of the processes has asked to stop, the same in all of them; waits for a GPU's exchange."""
+        if self.world_size == 1:
+            return self._asked
+        return self._asked_of_all is not None and bool(self._asked_of_all)
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype and device by their sums over all processes, in one exchange.
 
@@ -51,9 +64,10 @@ class Processes:
         """
         if self.world_size == 1:
             return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        asked = tensors[0].new_full((1,), self._asked)
+        flat = torch.cat([*(tensor.flatten() for tensor in tensors), asked])
         self._exchange(lambda: dist.all_reduce(flat))
-        parts = flat.split([tensor.numel() for tensor in tensors])
+        *parts, self._asked_of_all = flat.split([*(tensor.numel() for tensor in tensors), 1])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 

@@ -10,8 +10,10 @@ import os
 import platform
 import shlex
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 from dataset import Split
 from distiller.checkpoint import save_checkpoint
 from distiller.cli import InputError
-from distiller.files import atomic_write, file_digest
+from distiller.files import atomic_write, file_digest, remove_parts
+from distiller.locks import LockHeldError, locked
 from distiller.quantization.histogram import Histogram
 from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE, PostTrainLinearQuantizer
 from distiller.quantization.saved import content_of
@@ -31,6 +34,7 @@ from distiller.quantization.statistics import Statistics
 CHECKPOINT, BEST, QUANTIZED = "checkpoint.pth.tar", "best.pth.tar", "quantized.pth.tar"
 AUTO = "quant_auto.yaml"
 CONFIG, RESULTS, LOG, RANKS = "config.json", "valid_results.csv", "ncf.log", "ranks.npy"
+LOCK = ".lock"
 REPORT, RANGES, ERRORS = "quant_report.csv", "quant_ranges.png", "quant_errors.png"
 
 PICTURES = "histograms"
@@ -55,23 +59,60 @@ def show_messages(prog: str = "ncf.py") -> None:
         logger.propagate = False
 
 
-def open_run_directory(out_dir: str | None, name: str | None, device: torch.device) -> Path:
-    """Make the run's directory and start its log, with versions, machine and command line at its head.
+@contextmanager
+def run_directory(out_dir: str | None, name: str | None) -> Iterator[Path]:
+    """The run's directory, made where it is missing, and no other process's while it lasts.
+
+    On leaving, directories that were made and have stayed empty are removed.
 
     Args:
         out_dir: The directory; by default a fresh one below ``RUNS``, named by date and time.
         name: Put before the date in a fresh directory's name.
+
+    Raises:
+        InputError: another run has it.
+        OSError: it cannot be made or written.
+    """
+    wanted = RUNS if out_dir is None else Path(out_dir)
+    made = [path for path in (wanted, *wanted.parents) if not path.exists()]
+    wanted.mkdir(parents=True, exist_ok=True)
+    if out_dir is None:
+        wanted = _fresh_directory(RUNS, f"{name}-" if name else "")
+        made.insert(0, wanted)
+    try:
+        with locked(wanted / LOCK, command_line()):
+            for directory in (wanted, wanted / PICTURES):
+                remove_parts(directory)
+            yield wanted
+    except LockHeldError as error:
+        raise InputError(f"-o/--out-dir: {wanted} is in use by {error}") from None
+    finally:
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose errors end the run, where logging would show a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
+        super().handleError(record)
+
+
+def start_log(directory: Path, device: torch.device) -> None:
+    """Start a run's log, with versions, machine and command line at its head.
+
+    Args:
+        directory: The run's.
         device: What the run computes on.
 
     Raises:
-        OSError: it cannot be made or written.
+        OSError: it cannot be written.
     """
-    if out_dir is None:
-        directory = _fresh_directory(RUNS, f"{name}-" if name else "")
-    else:
-        directory = Path(out_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / LOG)
+    handler = _LogFile(directory / LOG, errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for logger_name in ("ncf", "distiller"):
         logging.getLogger(logger_name).addHandler(handler)
@@ -82,11 +123,9 @@ def open_run_directory(out_dir: str | None, name: str | None, device: torch.devi
         "machine: %s, %d processors, %d threads", platform.platform(), os.cpu_count(), torch.get_num_threads()
     )
     log.debug("device: %s%s", device, gpu)
-    return directory
 
 
 def _fresh_directory(parent: Path, prefix: str) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y-%m-%d-%H%M%S")
     for number in range(1, 1000):
         directory = parent / f"{prefix}{stamp}{f'-{number}' if number > 1 else ''}"
@@ -161,43 +200,99 @@ def require_matplotlib(flag: str) -> None:
         raise InputError(f"{flag} draws pictures with matplotlib: pip install matplotlib")
 
 
+def drop_results_after(directory: Path, epoch: int, steps: int) -> None:
+    """Remove the results of what a run did after its last checkpoint, and now does again.
+
+    Args:
+        directory: The run's.
+        epoch: Where it goes on.
+        steps: Likewise, steps done in that epoch.
+
+    Raises:
+        InputError: the file of results is damaged.
+    """
+    path = directory / RESULTS
+    if not path.exists():
+        return
+    try:
+        header, *lines = path.read_text().splitlines(keepends=True)
+        rows = list(csv.DictReader([header, *lines]))
+        reached = [(int(row["epoch"]), int(row["steps"])) for row in rows]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"--resume: {path}: no table of results: {error}") from error
+    kept = [line for line, at in zip(lines, reached, strict=False) if at <= (epoch, steps)]
+    if kept != lines:
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join([header, *kept]))
+
+
 class Recorder:
     """Records into a run's directory: a CSV row per epoch, TensorBoard events, pictures.
 
     Args:
         directory: The run's.
         pictures: Record histograms of weights after each epoch, to TensorBoard and as a picture per layer.
+        step: Steps done by the run that goes on; TensorBoard drops what is recorded of later ones.
     """
 
-    def __init__(self, directory: Path, pictures: bool = False):
+    def __init__(self, directory: Path, pictures: bool = False, step: int = 0):
         # Imported here: it takes a second that evaluation and calibration need not wait.
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory = directory
         self.pictures = pictures
-        self.writer = SummaryWriter(str(directory.resolve()))
+        with self._naming_directory():
+            self.writer = SummaryWriter(str(directory.resolve()), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> Recorder:
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._not_of_files
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._naming_directory():
+                self.writer.close()
+        except OSError:
+            if kind is None:  # else it has been said already
+                raise
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _not_of_files(self, failed: threading.ExceptHookArgs) -> None:
+        """Pass over a file's error in TensorBoard's thread: the next write raises it again."""
+        if not issubclass(failed.exc_type, OSError):
+            self._excepthook(failed)
+
+    @contextmanager
+    def _naming_directory(self) -> Iterator[None]:
+        """Make TensorBoard's errors of files name the directory, which they do not."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.directory)) from error
 
     def scalars(self, step: int, **values: float) -> None:
         """Record values against the number of training steps done."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with self._naming_directory():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write TensorBoard's events out."""
+        with self._naming_directory():
+            self.writer.flush()
 
     def epoch(self, row: Mapping[str, float]) -> None:
         """Append a row to ``valid_results.csv``; the first one brings the header."""
         path = self.directory / RESULTS
-        fresh = not path.exists()
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if fresh:
+        before = path.read_text() if path.exists() else ""
+        with atomic_write(path) as temporary, temporary.open("w") as file:
+            file.write(before)
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if not before:
                 writer.writeheader()
             writer.writerow(row)
-        self.writer.flush()
 
     def weights(self, model: nn.Module, epoch: int) -> None:
         """Record histograms of a model's weights, where pictures are asked for."""
@@ -205,29 +300,30 @@ class Recorder:
             return
         for name, parameter in model.named_parameters():
             values = parameter.detach().float().cpu()
-            self.writer.add_histogram(f"weights/{name}", values, epoch)
+            with self._naming_directory():
+                self.writer.add_histogram(f"weights/{name}", values, epoch)
             low, high = (bound.item() for bound in values.aminmax())
             histogram = Histogram(low, high, torch.histc(values, WEIGHT_BINS, low, high))
             self._picture(name, f"{name}, after epoch {epoch}", histogram)
-        self.writer.flush()
 
     def activations(self, statistics: Statistics) -> None:
         """Record histograms of layers' outputs, from calibrated statistics that have them."""
         for name, entry in statistics.items():
             histogram = Histogram.from_plain(entry["output"]["histogram"])
             counts, centers = histogram.counts, histogram.centers.double()
-            self.writer.add_histogram_raw(
-                f"activations/{name}",
-                min=histogram.min,
-                max=histogram.max,
-                num=counts.sum().item(),
-                sum=(counts * centers).sum().item(),
-                sum_squares=(counts * centers.square()).sum().item(),
-                bucket_limits=histogram.edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-            )
+            with self._naming_directory():
+                self.writer.add_histogram_raw(
+                    f"activations/{name}",
+                    min=histogram.min,
+                    max=histogram.max,
+                    num=counts.sum().item(),
+                    sum=(counts * centers).sum().item(),
+                    sum_squares=(counts * centers.square()).sum().item(),
+                    bucket_limits=histogram.edges[1:].tolist(),
+                    bucket_counts=counts.tolist(),
+                )
             self._picture(name, f"output of {name}", histogram)
-        self.writer.flush()
+        self.flush()
 
     def _picture(self, name: str, title: str, histogram: Histogram) -> None:
         """Draw a histogram to a file of its own, with counts on a log scale: rare values set the range."""

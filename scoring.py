@@ -6,6 +6,8 @@ Shapes: B users, C items of each, N = B * C pairs, I items in all, F = mf_dim, L
 from __future__ import annotations
 
 import functools
+import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distiller.memory import MEMORY_ERRORS, is_out_of_memory
 from distiller.quantization.train_aware import is_quantization_aware
 from neumf import NeuMF
 
@@ -36,6 +39,8 @@ class Candidates(NamedTuple):
 
 Computation = TypeVar("Computation", bound=Callable)
 
+log = logging.getLogger("ncf")
+
 # Pairs computed with at once. The published model's widest activations, 4000 x 256 float32, then take 4 MB and stay in
 # the cache between layers: with four times as many, two Xeon cores scored 15 % fewer pairs a second in FP32 and 37 %
 # fewer in simulated INT8 (ml-1m, medians of 3 passes, 2026-11-23). Compiled layers leave no such activations.
@@ -46,37 +51,66 @@ COMPILED_PAIRS_AT_ONCE = PAIRS_AT_ONCE | {"cpu": 8_000}
 ITEMS_AT_ONCE = {"cpu": 250, "cuda": 10_000}
 
 
-def in_parts(compute: Callable[..., Tensor], pairs: Mapping[str, int], *tensors: Tensor) -> Tensor:
-    """A function of tensors computed for a few users at a time, and where they share their items for a few of these.
+class InParts:
+    """Computes functions of tensors for a few users at a time, and for ever fewer where memory runs out.
+
+    Where users share their items, it is for a few of these at a time too.
 
     Args:
-        compute: Takes the tensors, B rows each, to results (B, C) or (B, C, ...). Shared items come as (1, C).
         pairs: So many at a time, on each kind of device.
-        tensors: Their rows are users; the last one is their items (B, C). Users share them where it repeats one row
-            in memory, as ``Tensor.expand`` does.
-
-    Returns:
-        The results for all users, one after the other.
+        retry: Try with fewer; else running out of memory is an error, for a model that somebody watches.
     """
-    *of_users, items = tensors
-    kind, (nb_users, nb_items) = items.device.type, items.shape
-    shared = nb_users == 1 or items.stride(0) == 0
-    # Tiles are of one width: the last one overlaps the one before.
-    width = -(-nb_items // -(-nb_items // ITEMS_AT_ONCE[kind])) if shared else nb_items
-    users = max(1, pairs[kind] // width)
-    results = None
-    for start in range(0, nb_users, users):
-        part = [tensor[start : start + users] for tensor in of_users]
-        rows = items[:1] if shared else items[start : start + users]
-        for left in range(0, nb_items, width):
-            left = min(left, nb_items - width)
-            values = compute(*part, rows[:, left : left + width])
-            if results is None:
-                results = values.new_empty(*items.shape, *values.shape[2:])
-            results[start : start + users, left : left + width] = values
-            # Memory that is given back whole is used again for the next part, while it still is in the cache.
-            del values
-    return results
+
+    def __init__(self, pairs: Mapping[str, int], retry: bool = True):
+        self._pairs = pairs
+        self._retry = retry
+        self._most: float = math.inf  # users at a time, of those for whom memory sufficed
+
+    def __call__(self, compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Compute the results for all users, one after the other.
+
+        Args:
+            compute: Takes the tensors, B rows each, to results (B, C) or (B, C, ...). Shared items come as (1, C).
+            tensors: Their rows are users; the last one is their items (B, C). Users share them where it repeats one
+                row in memory, as ``Tensor.expand`` does.
+
+        Raises:
+            MemoryError, RuntimeError: out of memory for a single user.
+        """
+        *of_users, items = tensors
+        kind, (nb_users, nb_items) = items.device.type, items.shape
+        shared = nb_users == 1 or items.stride(0) == 0
+        # Tiles are of one width: the last one overlaps the one before.
+        width = -(-nb_items // -(-nb_items // ITEMS_AT_ONCE[kind])) if shared else nb_items
+        results, start = None, 0
+        while start < nb_users:
+            users = max(1, min(self._pairs[kind] // width, self._most))
+            part = [tensor[start : start + users] for tensor in of_users]
+            rows = items[:1] if shared else items[start : start + users]
+            try:
+                for left in range(0, nb_items, width):
+                    left = min(left, nb_items - width)
+                    values = compute(*part, rows[:, left : left + width])
+                    if results is None:
+                        results = values.new_empty(*items.shape, *values.shape[2:])
+                    results[start : start + users, left : left + width] = values
+                    # Memory that is given back whole is used again for the next part, while it still is in the cache.
+                    del values
+            except MEMORY_ERRORS as error:
+                if not self._retry:
+                    raise
+                self._most = fewer_users(min(users, nb_users - start), error)
+                continue
+            start += users
+        return results
+
+
+def fewer_users(users: int, error: Exception) -> int:
+    """Half as many users at a time, after running out of memory; raises any other error again, and for one user."""
+    if users == 1 or not is_out_of_memory(error):
+        raise error
+    log.warning("out of memory with %d users at a time: going on with %d", users, users // 2)
+    return users // 2
 
 
 def sum_of_sides(item_sums: Tensor, items: Tensor, user_sums: Tensor) -> Tensor:
@@ -112,11 +146,13 @@ class PairScorer:
     Args:
         model: Called as ``model(users, items, sigmoid=True)`` on (N,) int64 each; put into evaluation mode.
         one_user: A call is of one user's items, for a model whose arithmetic depends on the whole batch.
+        retry: As for ``InParts``.
     """
 
-    def __init__(self, model: nn.Module, one_user: bool = False):
+    def __init__(self, model: nn.Module, one_user: bool = False, retry: bool = True):
         self._model = model.eval()
         self._one_user = one_user
+        self._parts = InParts(PAIRS_AT_ONCE, retry)
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
@@ -124,7 +160,7 @@ class PairScorer:
         if self._one_user:
             rows = zip(users.split(1), items.split(1), strict=True)
             return torch.cat([self._scores(user, row) for user, row in rows])
-        return in_parts(self._scores, PAIRS_AT_ONCE, users, items)
+        return self._parts(self._scores, users, items)
 
     def _scores(self, users: Tensor, items: Tensor) -> Tensor:
         items = items.expand(len(users), -1)
@@ -161,14 +197,14 @@ class FactoredScorer:
             mf_dim = model.mf_item_embed.weight.shape[1]
             self._mf_weight, self._mlp_weight = model.final.weight[0].tensor_split([mf_dim])
         self._compute = for_one_shape(self._scores) if compiled else self._scores
-        self._pairs = COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE
+        self._parts = InParts(COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE)
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
         """The probabilities (B, C), in the weights' dtype, of items (B, C) int64 for users (B,) int64."""
         user_sums = F.linear(self._model.mlp_user_embed(users), self._user_weight, self._model.mlp[0].bias)
         user_factors = self._model.mf_user_embed(users) * self._mf_weight
-        return in_parts(self._compute, self._pairs, user_sums, user_factors, items)
+        return self._parts(self._compute, user_sums, user_factors, items)
 
     def _scores(self, user_sums: Tensor, user_factors: Tensor, items: Tensor) -> Tensor:
         logit = (self._hidden(user_sums, items) @ self._mlp_weight).view(len(user_sums), -1)

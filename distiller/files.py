@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .cli import InputError
+from .yaml_claims import LOADER, MAX_BYTES, check_yaml
+
+PART = ".part"  # what the names of unfinished files end in
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
         os.close(descriptor)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -39,12 +43,32 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(name, "rb") as written:
             os.fsync(written.fileno())
         os.replace(name, path)
-    except OSError as error:
-        os.unlink(name)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        os.unlink(name)
+        flush_directory(path.parent)
+    except BaseException as error:
+        # Gone where the rename was done.
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def flush_directory(directory: Path) -> None:
+    """Flush a directory's names to disk, where the file system can: a rename is then there after a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what file systems say that flush no directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_parts(directory: Path) -> None:
+    """Remove what killed processes left of unfinished files. Only where no other process is writing."""
+    for path in directory.glob(f".*{PART}"):
+        path.unlink(missing_ok=True)
 
 
 def read_yaml(path: str | os.PathLike, flag: str) -> Any:
@@ -55,12 +79,19 @@ def read_yaml(path: str | os.PathLike, flag: str) -> Any:
         OSError: it cannot be read; the message names ``flag`` too.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        text = content.decode()
+        check_yaml(text)
+        return yaml.load(text, Loader=LOADER)
     except OSError as error:
         raise OSError(error.errno, error.strerror, f"{flag}: {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{flag}: {path}: not YAML: {' '.join(str(error).split())}") from error
+    # Tags on values that do not fit them make the loader raise nearly anything.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{flag}: {path}: not YAML: {reason}") from error
 
 
 def file_digest(*paths: str | os.PathLike) -> str:

@@ -23,6 +23,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -132,9 +133,25 @@ class CompressionSchedule:
         return {name: scheduler.state_dict() for name, scheduler in self._schedulers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``'s value; schedulers that it lacks start anew."""
+        """Go on from ``state_dict``'s value; schedulers that it lacks start anew.
+
+        Raises:
+            InputError: it is another scheduler's state.
+        """
         for name in self._schedulers.keys() & state.keys():
-            self._schedulers[name].load_state_dict(state[name])
+            own = self._schedulers[name].state_dict()
+            with _arguments_of(name):
+                # PyTorch makes attributes of whatever the state has.
+                for key, value in dict(state[name]).items():
+                    if not _alike(own[key], value):
+                        raise ValueError(f"its saved {key} is another scheduler's")
+                self._schedulers[name].load_state_dict(state[name])
+
+
+def _alike(first: object, second: object) -> bool:
+    """Whether two values of a scheduler's state are of one kind: its numbers may be absent at first, or whole."""
+    numbers = (int, float, NoneType)
+    return type(first) is type(second) or (type(first) in numbers and type(second) in numbers)
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from io import BytesIO
-from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 from pyarrow import compute, csv
@@ -37,26 +38,30 @@ def read_columns(
         InputError: naming file and line, for a row of another length, a field that is not a number of
             its type, or a negative number where there should be none; or the file holds no row.
     """
-    # Arrow's delimiter is one character; the two-character one of ml-1m is replaced in memory.
-    source: str | BytesIO = os.fspath(path)
     separator = delimiter
-    if len(delimiter) > 1:
-        separator = "\t"
-        content = Path(path).read_bytes()
-        if separator.encode() in content:
-            raise first_error(path, delimiter, types, header, unsigned) or InputError(f"{path}: holds a tab")
-        source = BytesIO(content.replace(delimiter.encode(), separator.encode()))
-    try:
-        table = csv.read_csv(
-            source,
-            read_options=csv.ReadOptions(column_names=list(types), skip_rows=int(header)),
-            parse_options=csv.ParseOptions(delimiter=separator, quote_char=False),
-            convert_options=csv.ConvertOptions(column_types=types, null_values=[]),
-        )
-    except pa.ArrowInvalid as error:
-        raise first_error(path, delimiter, types, header, unsigned) or InputError(
-            f"{path}: {error}"
-        ) from error
+    with ExitStack() as stack:
+        # Not the file's name, by which Arrow would unpack it.
+        source: BinaryIO = stack.enter_context(open(path, "rb"))
+        # Arrow's delimiter is one character; the two-character one of ml-1m is replaced in memory.
+        if len(delimiter) > 1:
+            separator = "\t"
+            content = source.read()
+            if separator.encode() in content:
+                raise first_error(path, delimiter, types, header, unsigned) or InputError(
+                    f"{path}: holds a tab"
+                )
+            source = BytesIO(content.replace(delimiter.encode(), separator.encode()))
+        try:
+            table = csv.read_csv(
+                source,
+                read_options=csv.ReadOptions(column_names=list(types), skip_rows=int(header)),
+                parse_options=csv.ParseOptions(delimiter=separator, quote_char=False),
+                convert_options=csv.ConvertOptions(column_types=types, null_values=[]),
+            )
+        except pa.ArrowException as error:
+            raise first_error(path, delimiter, types, header, unsigned) or InputError(
+                f"{path}: {error}"
+            ) from error
     if not table.num_rows:
         raise InputError(f"{path}: no rows")
     for name, kind in types.items():
@@ -98,7 +103,8 @@ def _fault(field: bytes, kind: pa.DataType, unsigned: bool) -> str | None:
             return "not a whole number"
         if unsigned and field.startswith(b"-"):
             return "negative"
-        return "too large" if abs(int(field)) >> (kind.bit_width - 1) else None
+        # Python reads no numbers of thousands of digits.
+        return "too large" if len(field) > 4000 or abs(int(field)) >> (kind.bit_width - 1) else None
     try:
         finite = math.isfinite(float(field))
     except ValueError:

@@ -175,6 +175,6 @@ def test_tiles_are_of_one_shape_but_for_the_last_users(monkeypatch):
         shapes.append((len(users), *items.shape))
         return users[:, None] * 10 + items
 
-    found = scoring.in_parts(compute, {"cpu": 7}, USERS, torch.arange(7).expand(5, -1))
+    found = scoring.InParts({"cpu": 7})(compute, USERS, torch.arange(7).expand(5, -1))
     assert torch.equal(found, USERS[:, None] * 10 + torch.arange(7))
     assert shapes == [(2, 1, 3)] * 6 + [(1, 1, 3)] * 3

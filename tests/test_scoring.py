@@ -10,7 +10,7 @@ from torch import nn
 import scoring
 from distiller.schedule import prepare_quantization_aware
 from neumf import NeuMF, split_final_layer
-from scoring import FactoredScorer, PairScorer, float_scorer, in_parts
+from scoring import FactoredScorer, InParts, PairScorer, float_scorer
 
 USERS = torch.tensor([3, 0, 3, 8])
 ITEMS = torch.tensor([[6, 0, 1], [2, 2, 5], [4, 3, 6], [0, 1, 2]])
@@ -108,7 +108,7 @@ def test_one_user_at_a_time():
 
 def test_in_parts_hands_each_part_its_rows_of_every_tensor():
     sums = torch.arange(12.0).view(4, 3)
-    found = in_parts(lambda a, b: a + b, {"cpu": 3}, sums, ITEMS)
+    found = InParts({"cpu": 3})(lambda a, b: a + b, sums, ITEMS)
     assert torch.equal(found, sums + ITEMS)
 
 

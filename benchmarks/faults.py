@@ -1,0 +1,171 @@
+"""Kill training at random moments, resume it each time, and compare the end with a run that nothing stopped.
+
+    python -m benchmarks.faults [--kills 50] [--seed 0] [--out run/faults]
+
+After every kill both checkpoints are loaded, and training may have lost no more steps than --save-every.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from benchmarks.recipe import ROOT, execute
+from distiller.checkpoint import load_checkpoint
+from distiller.cli import ArgumentParser, InputError, run
+from recording import BEST, CHECKPOINT, RESULTS
+
+RATINGS = ["--users", 60, "--items", 80, "--ratings", 2000, "--seed", 7]
+# 152 steps an epoch, so that half of the steps come after the 1,500 with which lazy Adam begins.
+TRAIN = ["--layers", 8, 6, 4, "-f", 4, "-l", 0.01, "-s", 1, "-b", 64, "-e", 20, "-p", 1, "--no-compile"]
+SAVE_EVERY = 7
+FIRST_STEPS_S = (
+    1.0  # a process is killed within so many seconds from its first step; the whole run takes several
+)
+STARTS_KILLED = 0.2  # the share of processes that are killed before their first step
+PROGRESS = re.compile(r"Epoch (\d+)[^\r]*?\| (\d+)/(\d+) \[")
+
+
+def start(split: Path, out: Path) -> subprocess.Popen:
+    """Start training in ``out``, or go on with it."""
+    going_on = ["--resume"] if (out / CHECKPOINT).exists() else [*TRAIN, "--overwrite"]
+    command = [sys.executable, ROOT / "ncf.py", split, *going_on, "--save-every", SAVE_EVERY, "--log-freq", 1]
+    words = [*map(str, command), "-o", str(out)]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1)
+
+
+def kill(process: subprocess.Popen, moment: random.Random) -> str:
+    """Kill a process at a random moment, unless it ends before; what it wrote to stderr."""
+    text = ""
+    if moment.random() < STARTS_KILLED:
+        time.sleep(moment.uniform(0, 2))
+    else:
+        while process.poll() is None and not PROGRESS.search(text):
+            text += process.stderr.read(64)
+        time.sleep(moment.uniform(0, FIRST_STEPS_S))
+    process.kill()
+    return text
+
+
+def broken_run(split: Path, out: Path, kills: int, moment: random.Random) -> list[int]:
+    """Train to the end through up to ``kills`` kills; the steps that each of them lost.
+
+    Raises:
+        InputError: training failed by itself, or a checkpoint does not load.
+    """
+    lost, before = [], 0
+    while True:
+        process = start(split, out)
+        text = kill(process, moment) if len(lost) < kills else ""
+        text += process.stderr.read()
+        code, saved = process.wait(), steps_saved(out)
+        if code == 0:
+            return lost
+        if code != -signal.SIGKILL:
+            raise InputError(f"training ended with exit code {code}: {text[-300:]}")
+        lost.append(max(steps_seen(text) - saved, before - saved, 0))
+        before = saved
+        print(f"{out}: kill {len(lost)}: {saved} steps saved, {lost[-1]} lost", file=sys.stderr, flush=True)
+
+
+def steps_seen(text: str) -> int:
+    """The steps that a run has shown as done, from the first epoch on."""
+    shown = PROGRESS.findall(text)
+    return max((int(epoch) * int(steps) + int(done) for epoch, done, steps in shown), default=0)
+
+
+def steps_saved(out: Path) -> int:
+    """The steps of the last checkpoint; both that are there must load."""
+    if (out / BEST).exists():
+        load_checkpoint(out / BEST)
+    if not (out / CHECKPOINT).exists():
+        return 0
+    progress = load_checkpoint(out / CHECKPOINT)["progress"]
+    return progress["epoch"] * 152 + progress["step"]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Bit for bit."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return torch.equal(first, second) if torch.is_tensor(first) else first == second
+
+
+def results(out: Path) -> list[dict[str, str]]:
+    """A run's rows of results, without times."""
+    with open(out / RESULTS, newline="") as file:
+        return [{k: v for k, v in row.items() if not k.endswith("time_s")} for row in csv.DictReader(file)]
+
+
+def compare(whole: Path, broken: Path) -> list[str]:
+    """What differs between the end of two runs."""
+    different = []
+    for name in (BEST, CHECKPOINT):
+        first, second = (load_checkpoint(out / name) for out in (whole, broken))
+        parts = (
+            "state_dict",
+            "optimizer_state_dict",
+            "lagging_rows",
+            "schedule_state_dict",
+            "progress",
+            "hr",
+            "ndcg",
+        )
+        different += [f"{name}: {part}" for part in parts if not same(first[part], second[part])]
+    if results(whole) != results(broken):
+        different.append(RESULTS)
+    return different
+
+
+def measure(out: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill training ``kills`` times in as many runs as that takes; what was lost and what differs."""
+    out.mkdir(parents=True, exist_ok=True)
+    split, whole = out / "split", out / "whole"
+    execute("synthetic.py", *RATINGS, out / "ratings.csv")
+    execute("convert.py", out / "ratings.csv", split, "-n", 40)
+    execute("ncf.py", split, *TRAIN, "--overwrite", "-o", whole)
+    moment, lost, different, runs = random.Random(seed), [], [], 0
+    while len(lost) < kills:
+        runs += 1
+        broken = out / f"broken-{runs}"
+        lost += broken_run(split, broken, kills - len(lost), moment)
+        different += compare(whole, broken)
+    return {"kills": len(lost), "runs": runs, "most steps lost": max(lost), "different": different}
+
+
+def main() -> None:
+    parser = ArgumentParser(prog="benchmarks.faults", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=50, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("run/faults"), help="a fresh directory (default: %(default)s)"
+    )
+    args: argparse.Namespace = parser.parse_args()
+    if args.kills < 1:
+        raise InputError("--kills must be at least 1")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise InputError(f"--out: {args.out} is not empty")
+    begun = time.monotonic()
+    found = measure(args.out, args.kills, args.seed)
+    found |= {"save every": SAVE_EVERY, "seconds": round(time.monotonic() - begun), "machine": machine()}
+    print(json.dumps(found, indent=2))
+    if found["different"] or found["most steps lost"] > SAVE_EVERY:
+        raise InputError("a killed run lost more than it may, or ended elsewhere than the unbroken one")
+
+
+if __name__ == "__main__":
+    sys.exit(run("benchmarks.faults", main))

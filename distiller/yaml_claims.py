@@ -1,0 +1,48 @@
+"""What a YAML text claims, before anything is made of it: nesting, aliases and numbers out of all proportion."""
+
+from __future__ import annotations
+
+import yaml
+
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MAX_BYTES = 1 << 24  # thirty times the statistics of the published model
+MAX_DEPTH = 50  # libyaml's loader calls itself for every level, and crashes at some ten thousand
+MAX_VALUES = (
+    1 << 20
+)  # with every alias counted as what it stands for; the published model's statistics have 600
+MAX_WORD = 1000  # characters; numbers take time with the square of their length
+
+
+def check_yaml(text: str) -> None:
+    """Go through a YAML text without making anything of it.
+
+    Raises:
+        ValueError: it claims too much.
+        yaml.YAMLError: it is not YAML.
+    """
+    sizes = {}  # of what has an anchor
+    open_values = [("", 0)]  # anchor and size of what is not closed yet, the document itself first
+    for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_values.pop()
+            sizes[anchor] = size
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"alias {event.anchor} stands within what it stands for, or for nothing")
+            size = sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > MAX_WORD and not any(c.isspace() for c in event.value):
+                raise ValueError(f"a word of {len(event.value)} characters")
+            sizes[event.anchor] = size = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            sizes.pop(event.anchor, None)
+            open_values.append((event.anchor, 1))
+            if len(open_values) > MAX_DEPTH:
+                raise ValueError(f"more than {MAX_DEPTH} levels")
+            continue
+        else:
+            continue
+        parent, before = open_values[-1]
+        open_values[-1] = (parent, before + size)
+        if before + size > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
