@@ -497,7 +497,6 @@ def evaluate_checkpoint(
         scorer = quantized_scorer(args, quantizer, split, device)
     else:
         scorer = unquantized_scorer(args, model, checkpoint, split, device)
-    directory = None
     if processes.first:
         recording.start_log(directory, device)
         if quantizer:
