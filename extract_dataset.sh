@@ -20,13 +20,17 @@
     python=${PYTHON:-python3}
     here=$(dirname -- "${BASH_SOURCE[0]:-$0}") # zsh has only the latter
 
-    # Copies the one member's bytes to a name of ours, so that no name in the archive becomes a path.
+    # Copies the one member's bytes to a name of ours, so that no name in the archive becomes a path, and no more of
+    # them than it says, where there is room for these.
     unpack='
 import shutil, signal, sys, zipfile
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 archive, member, target = sys.argv[1:]
 try:
     with zipfile.ZipFile(archive) as file, file.open(member) as source, open(target, "xb") as out:
+        size, free = file.getinfo(member).file_size, shutil.disk_usage(".").free
+        if size > free:
+            raise OSError(f"it has {size} bytes, and {free} are free")
         shutil.copyfileobj(source, out, 1 << 20)
 except Exception as error:
     sys.exit(f"extract_dataset.sh: error: {archive}: cannot unpack {member}: {error}")
