@@ -48,13 +48,15 @@ def start(split: Path, out: Path) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen, moment: random.Random) -> str:
     """Kill a process at a random moment, unless it ends before; what it wrote to stderr."""
-    text = ""
+    text, first = "", 0
     if moment.random() < STARTS_KILLED:
-        time.sleep(moment.uniform(0, 2))
+        time.sleep(moment.uniform(0, STARTING_S))
     else:
-        while process.poll() is None and not PROGRESS.search(text):
+        steps = moment.uniform(0, MOST_STEPS)
+        while process.poll() is None and steps_seen(text) - first < steps:
             text += process.stderr.read(64)
-        time.sleep(moment.uniform(0, FIRST_STEPS_S))
+            first = first or steps_seen(text)
+        time.sleep(moment.uniform(0, SHOWING_S))
     process.kill()
     return text
 
