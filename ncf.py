@@ -226,11 +226,13 @@ def restore(
             "--reset-optimizer starts without that state"
         )
     try:
-        load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
         # The original's checkpoints are of whole epochs.
         progress = Progress(
             **(checkpoint["progress"] if "progress" in checkpoint else {"epoch": checkpoint["epoch"] + 1})
         )
+        load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
+        if (progress.epoch or progress.step) and not checkpoint["optimizer_state_dict"]["state"]:
+            raise ValueError("no moments")
         settings = checkpoint["config"] if "progress" in checkpoint else {}
         before = {name: settings.get(name) for name in ("batch_size", "negative_samples", "seed")}
         before |= {name: settings.get(name, default) for name, default in OF_THE_METRICS.items()}
@@ -268,7 +270,8 @@ def load_optimizer(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
         for name in ("amsgrad", "maximize", "differentiable"):
             if group[name] is not False:
                 raise ValueError(f"Adam with {name}")
-    for parameter in optimizer.param_groups[0]["params"]:
+    # Before the first step there are none.
+    for parameter in optimizer.param_groups[0]["params"] if state["state"] else ():
         moments = optimizer.state[parameter]
         if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {parameter.shape}:
             raise ValueError("moments of other shapes than the weights")

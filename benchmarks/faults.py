@@ -31,10 +31,12 @@ RATINGS = ["--users", 60, "--items", 80, "--ratings", 2000, "--seed", 7]
 # 152 steps an epoch, so that half of the steps come after the 1,500 with which lazy Adam begins.
 TRAIN = ["--layers", 8, 6, 4, "-f", 4, "-l", 0.01, "-s", 1, "-b", 64, "-e", 20, "-p", 1, "--no-compile"]
 SAVE_EVERY = 7
-FIRST_STEPS_S = (
-    1.0  # a process is killed within so many seconds from its first step; the whole run takes several
+MOST_STEPS = (
+    120  # of one process before it is killed: 50 of them take a run to its end, and through lazy steps
 )
-STARTS_KILLED = 0.2  # the share of processes that are killed before their first step
+SHOWING_S = 0.1  # between two updates of the progress bar
+STARTS_KILLED = 0.2  # the share of processes that are killed while they start
+STARTING_S = 4.0
 PROGRESS = re.compile(r"Epoch (\d+)[^\r]*?\| (\d+)/(\d+) \[")
 
 
@@ -48,13 +50,15 @@ def start(split: Path, out: Path) -> subprocess.Popen:
 
 def kill(process: subprocess.Popen, moment: random.Random) -> str:
     """Kill a process at a random moment, unless it ends before; what it wrote to stderr."""
-    text = ""
+    text, first = "", 0
     if moment.random() < STARTS_KILLED:
-        time.sleep(moment.uniform(0, 2))
+        time.sleep(moment.uniform(0, STARTING_S))
     else:
-        while process.poll() is None and not PROGRESS.search(text):
+        steps = moment.uniform(0, MOST_STEPS)
+        while process.poll() is None and steps_seen(text) - first < steps:
             text += process.stderr.read(64)
-        time.sleep(moment.uniform(0, FIRST_STEPS_S))
+            first = first or steps_seen(text)
+        time.sleep(moment.uniform(0, SHOWING_S))
     process.kill()
     return text
 

@@ -1304,7 +1304,7 @@ def test_evaluation_into_a_runs_directory_leaves_the_run(ncf, split_dir, run_cop
     assert [(run_copy / name).read_bytes() for name in names] == before
 
 
-def test_interrupt_leaves_the_last_complete_epoch(ncf, split_dir, monkeypatch):
+def test_interrupt_of_an_evaluation_keeps_the_epoch(ncf, split_dir, monkeypatch):
     """Exit code 130, no traceback; the run can be gone on with to the weights of an unbroken one."""
     evaluate, calls = training.evaluate, []
 
@@ -1318,8 +1318,10 @@ def test_interrupt_leaves_the_last_complete_epoch(ncf, split_dir, monkeypatch):
     outcome = ncf(split_dir, *TRAIN, "-e", 4, "-o", "out")
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
-    assert [number for number, *_ in epochs(outcome.out)] == [0, 1]
-    assert load_checkpoint("out/checkpoint.pth.tar")["epoch"] == 1
+    *before, stopped = lines(outcome.out)
+    assert [number for number, *_ in epochs("\n".join(before))] == [0, 1]
+    assert stopped.startswith("Stopped in epoch 2, ")
+    assert load_checkpoint("out/checkpoint.pth.tar")["epoch"] == 2
     resumed = ncf(split_dir, "--resume", "-o", "out")
     assert [number for number, *_ in epochs(resumed.out)] == [2, 3]
     monkeypatch.setattr(training, "evaluate", evaluate)
@@ -1345,7 +1347,9 @@ def test_interrupt_key_ends_a_process_in_130(split_dir, tmp_path):
     content = load_checkpoint(tmp_path / "checkpoint.pth.tar")
     assert content["epoch"] >= 0
     assert not list(tmp_path.glob(".*"))
-    assert epochs(out)
+    *before, stopped = lines(out)
+    assert epochs("\n".join(before))
+    assert stopped.startswith("Stopped in epoch ")
 
 
 def test_disk_that_fails_while_saving_leaves_the_last_checkpoint(ncf, split_dir, run_copy, monkeypatch):

@@ -268,7 +268,7 @@ def test_disk_that_fills_up_leaves_the_last_checkpoint_whole(
     load_checkpoint(out / "checkpoint.pth.tar")
     assert not list(out.glob(".*"))
     (small_disk / "filler").unlink()
-    if outcome.code:
+    if load_checkpoint(out / "checkpoint.pth.tar")["progress"]["epoch"] < 3:
         assert ncf(split_dir, "--resume", "-e", 3, "-o", out).code == 0
     assert_same_end(whole, str(out))
 

@@ -239,3 +239,27 @@ def test_killed_process_ends_the_others(split_dir, tmp_path):
     finally:
         job.kill()
         job.stdout.close()
+
+
+@pytest.mark.parametrize("to", ["torchrun", "the second"])
+def test_signal_ends_all_processes_after_the_same_step(split_dir, tmp_path, to):
+    """To torchrun, which passes it on, or to one of them: saved within an epoch, and resumed as if nothing had been."""
+    run = [*TORCHRUN, "2", str(ROOT / "ncf.py"), str(split_dir)]
+    out = ["-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [*run, *TRAIN, "-b", "16", "-e", "1000", *out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as job:
+        assert any(line.startswith("Epoch 0:") for line in job.stdout)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(job.pid if to == "torchrun" else int(children[1]), signal.SIGTERM)
+        said = job.stdout.read()
+        assert job.wait() != 0
+    assert "Stopped in epoch " in said
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    epoch = load_checkpoint(tmp_path / "out" / "checkpoint.pth.tar")["progress"]["epoch"]
+    assert torchrun(2, split_dir, "--resume", "-e", epoch + 1, *out).returncode == 0
+    assert torchrun(2, split_dir, *TRAIN, "-b", 16, "-e", epoch + 1, "-o", tmp_path / "whole").returncode == 0
+    assert largest_difference(weights(tmp_path / "out"), weights(tmp_path / "whole")) == 0

@@ -519,6 +519,24 @@ def test_extract_finds_a_member_that_fails_its_checksum(work):
     assert files(work) == {"ml-20m.zip"}
 
 
+def test_extract_finds_no_room_for_what_a_member_claims(work):
+    """Before anything of it is unpacked."""
+    claimed = bytearray(make_archive(extra=10))
+    with zipfile.ZipFile(io.BytesIO(claimed)) as archive:
+        size = archive.getinfo("ml-20m/ratings.csv").file_size.to_bytes(4, "little")
+    # In the archive's list of members: 46 bytes, then the name; the size stands at the 24th.
+    at = claimed.index(b"ml-20m/ratings.csv", claimed.index(b"PK\x01\x02")) - 46
+    assert claimed[at + 24 : at + 28] == size
+    claimed[at + 24 : at + 28] = b"\xfe\xff\xff\xff"
+    (work / "ml-20m.zip").write_bytes(claimed)
+    (work / "sitecustomize.py").write_text(
+        "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=1 << 31)\n"
+    )
+    done = run(work, "extract_dataset.sh", PYTHONPATH=str(work))
+    assert_one_line_error(done, "extract_dataset.sh", "ml-20m.zip", str((1 << 32) - 2), str(1 << 31))
+    assert not [name for name in files(work) if name.startswith("ml-20m.") and name != "ml-20m.zip"]
+
+
 def test_extract_passes_on_what_convert_finds(work, way):
     (work / "ml-20m.zip").write_bytes(make_archive(rows=[("one", 1, 2.0, 3)], extra=10))
     done = run(work, "extract_dataset.sh", way=way)
