@@ -20,33 +20,24 @@
     python=${PYTHON:-python3}
     here=$(dirname -- "${BASH_SOURCE[0]:-$0}") # zsh has only the latter
 
-<<<<<<< HEAD
-    # Copies a member's bytes to a name of ours, so that no name in the archive becomes a path. Movies may be missing.
-=======
-    # Copies the one member's bytes to a name of ours, so that no name in the archive becomes a path, and no more of
-    # them than it says, where there is room for these.
->>>>>>> faults
+    # Copies members' bytes to names of ours, so that no name in the archive becomes a path, and no more of them than
+    # it says, where there is room for these. Movies may be missing.
     unpack='
 import shutil, signal, sys, zipfile
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 archive, directory, target, ratings, movies = sys.argv[1:]
 member = f"{directory}/{ratings}"
 try:
-<<<<<<< HEAD
     with zipfile.ZipFile(archive) as file:
         for name in (ratings, movies):
             member = f"{directory}/{name}"
             if name == movies and member not in file.namelist():
                 continue
             with file.open(member) as source, open(f"{target}/{name}", "xb") as out:
+                size, free = file.getinfo(member).file_size, shutil.disk_usage(".").free
+                if size > free:
+                    raise OSError(f"it has {size} bytes, and {free} are free")
                 shutil.copyfileobj(source, out, 1 << 20)
-=======
-    with zipfile.ZipFile(archive) as file, file.open(member) as source, open(target, "xb") as out:
-        size, free = file.getinfo(member).file_size, shutil.disk_usage(".").free
-        if size > free:
-            raise OSError(f"it has {size} bytes, and {free} are free")
-        shutil.copyfileobj(source, out, 1 << 20)
->>>>>>> faults
 except Exception as error:
     sys.exit(f"extract_dataset.sh: error: {archive}: cannot unpack {member}: {error}")
 '
