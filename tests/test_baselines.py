@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_json_has_settings_and_metrics(split_dir):
     }
     split = load_split(split_dir)
     metrics = evaluate(ItemKNN("cosine", 7).fit(split), split)
-    assert knn["metrics"] == [{"k": 10, "hr": metrics.hr, "ndcg": metrics.ndcg}]
+    assert knn["metrics"] == [asdict(metrics)]
 
 
 @pytest.mark.filterwarnings("error")

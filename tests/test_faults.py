@@ -112,7 +112,7 @@ def test_signal_finishes_the_step_saves_and_ends(ncf, split_dir, whole, monkeypa
 def test_signal_cuts_an_evaluation_short_and_keeps_the_epoch(ncf, split_dir, whole, monkeypatch, number):
     """Its steps are not taken again: only the evaluation is."""
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", lambda *_: signal.raise_signal(number))
+        patch.setattr(training, "rank_test_items", lambda *_, **__: signal.raise_signal(number))
         assert ncf(split_dir, *TRAIN, "-e", 3, "-o", "out").code == CODES[number]
     assert load_checkpoint("out/checkpoint.pth.tar")["progress"]["step"] == STEPS
     assert not Path("out/best.pth.tar").exists()
