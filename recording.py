@@ -101,6 +101,10 @@ class _LogFile(logging.FileHandler):
             raise OSError(error.errno, error.strerror, self.baseFilename) from error
         super().handleError(record)
 
+    def close(self) -> None:
+        with suppress(OSError):  # it has ended the run already
+            super().close()
+
 
 def start_log(directory: Path, device: torch.device) -> None:
     """Start a run's log, with versions, machine and command line at its head.

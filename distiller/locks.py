@@ -30,20 +30,27 @@ def locked(path: Path, command: str, wait: Callable[[str], object] | None = None
         LockHeldError: another process holds it.
         OSError: the file cannot be made, or locks do not work there; ``filename`` names it.
     """
-    try:
+    with _naming(path):
         descriptor = _acquire(path, wait)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(
-            descriptor, f"process {os.getpid()} on {platform.node()} since {since}: {command}".encode(), 0
-        )
+        with _naming(path):
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            text = f"process {os.getpid()} on {platform.node()} since {since}: {command}"
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, text.encode(errors="replace"), 0)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile sees that it is gone
         os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Make errors of an open file name it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _acquire(path: Path, wait: Callable[[str], object] | None) -> int:
