@@ -94,8 +94,8 @@ def scored(scorer: Scorer, split: Split) -> Iterator[Scored]:
             rank_last(items, scores),
             scores,
             items.gather(1, places[:, :TOP]),
-            ordered[:, TOP - 1] == ordered[:, TOP],
-            1 + (ordered.diff(dim=1) != 0).sum(1),
+            (ordered[:, TOP - 1] == ordered[:, TOP]) & (ordered[:, TOP] >= 0),
+            1 + ((ordered.diff(dim=1) != 0) & (ordered[:, 1:] >= 0)).sum(1),
             seconds,
         )
         start = time.perf_counter()

@@ -16,7 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, numpy_helper
 
+import distiller.onnx_graph
 import export as script
+from benchmarks import onnx_accuracy
+from dataset import load_split
 from distiller.cli import InputError
 from distiller.graph import leaf_modules, module_graph
 from distiller.onnx_graph import onnx_model
@@ -337,3 +340,57 @@ def test_a_quantization_aware_checkpoint(export, ncf, split_dir, checkpoint, tmp
     assert ncf(split_dir, *evaluation).code == 0
     outcome = export("int8/quantized.pth.tar", "model.onnx")
     assert outcome.code == 0, outcome.err
+
+
+def test_a_model_larger_than_a_file_may_be(export, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(distiller.onnx_graph, "MAX_BYTES", 1000)
+    assert "larger than the 2 GB" in error_line(export(checkpoint, tmp_path / "model.onnx"))
+    assert not list(tmp_path.iterdir())
+
+
+# --- benchmarks.onnx_accuracy ---
+
+
+def test_accuracy_of_an_export(export, split_dir, quantized_file, tmp_path):
+    """The same figures on both sides, and lists that are the same."""
+    assert export(quantized_file, tmp_path / "model.onnx").code == 0
+    arguments = (split_dir, quantized_file, tmp_path / "model.onnx")
+    outcome = call("onnx_accuracy.py", onnx_accuracy.main, arguments)
+    assert outcome.code == 0, outcome.err
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in outcome.out.splitlines() if "|" in line
+    ]
+    figures = {name: values for name, *values in rows}
+    assert len(set(figures["HR@10"])) == len(set(figures["NDCG@10"])) == 1
+    assert float(figures["scores alike, %"][1]) > 99
+    assert float(figures["top-10 lists' overlap, %"][1]) > 99
+
+
+def test_accuracy_of_another_model(split_dir):
+    """Overlap, ties and differences as plain loops have them."""
+    split = load_split(split_dir)
+
+    def ours(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        return (items % 7) / 8
+
+    def theirs(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        return (items % 7) / 8 + ((items + users[:, None]) % 5 == 0) / 64
+
+    overlap, tied, alike, levels = [], [], [], []
+    for user in range(split.nb_users):
+        candidates = [*split.negatives[user].tolist(), int(split.test_items[user])]
+        alike += [(item + user) % 5 != 0 for item in candidates]
+        distinct = list(dict.fromkeys(candidates))
+        best = sorted(distinct, key=lambda item: -(item % 7))
+        other = sorted(distinct, key=lambda item, user=user: -(item % 7 / 8 + ((item + user) % 5 == 0) / 64))
+        overlap.append(len(set(best[:10]) & set(other[:10])) / len(best[:10]))
+        tied.append(len(best) > 10 and best[9] % 7 == best[10] % 7)
+        levels.append(len({item % 7 for item in best}))
+    found = onnx_accuracy.compare(ours, theirs, split)
+    assert 0 < np.mean(overlap) < 1
+    assert found.overlap == pytest.approx(np.mean(overlap))
+    assert found.same_lists == pytest.approx(np.mean(np.array(overlap) == 1))
+    assert found.tied == pytest.approx(np.mean(tied))
+    assert found.distinct == pytest.approx(np.mean(levels))
+    assert found.equal == pytest.approx(np.mean(alike))
+    assert (found.max, found.mean) == pytest.approx((1 / 64, (1 - np.mean(alike)) / 64))

@@ -473,6 +473,26 @@ def test_extract(work, way, name):
     assert all(set(row) <= items for row, items in zip(negatives, unseen, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "member", "text"),
+    [
+        ("ml-20m", "movies.csv", 'movieId,title,genres\n{item},"Amélie, or so (2001)",Comedy\n'),
+        ("ml-1m", "movies.dat", "{item}::Amélie, or so (2001)::Comedy\n"),
+    ],
+)
+def test_extract_keeps_titles(work, way, name, member, text):
+    item = rating_rows()[0][1]
+    (work / f"{name}.zip").write_bytes(make_archive(name, extra=10))
+    with zipfile.ZipFile(work / f"{name}.zip", "a") as archive:
+        archive.writestr(
+            f"{name}/{member}", text.format(item=item).encode("latin-1" if name == "ml-1m" else "utf-8")
+        )
+    done = run(work, "extract_dataset.sh", name, way=way)
+    assert done.returncode == 0, done.stderr
+    assert files(work) == {f"{name}.zip", name}
+    assert (work / name / "titles.csv").read_text() == f'movieId,title\n{item},"Amélie, or so (2001)"\n'
+
+
 def test_extract_finds_convert_beside_itself(work, way):
     """A relative path from below the scripts, past a CDPATH that would lead elsewhere."""
     (work / "ml-20m.zip").write_bytes(ARCHIVE)
