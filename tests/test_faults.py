@@ -347,23 +347,30 @@ def test_error_leaves_no_directory_behind(ncf, split_dir, checkpoint):
     assert not list(Path(".").iterdir())
 
 
-def test_eight_processes_build_one_split(split_dir, tmp_path):
-    """One makes the pickle and the others wait for it; all have the same split."""
+EVALUATE = """
+import sys, dataset, ncf
+from distiller.cli import run
+made, write = [], dataset.write_pickle
+dataset.write_pickle = lambda *arguments: (made.append(1), write(*arguments))
+assert run("ncf.py", ncf.main) == 0
+print(len(made))
+"""
+
+
+def test_eight_processes_build_one_split_and_evaluate(split_dir, checkpoint, tmp_path):
+    """One makes the pickle and the others wait for it; all come to the same."""
     directory = tmp_path / "split"
     directory.mkdir()
     for name in CSV_FILES:
         shutil.copy(split_dir / name, directory)
-    code = (
-        "import sys, dataset\nmade = []\nwrite = dataset.write_pickle\n"
-        "dataset.write_pickle = lambda *arguments: (made.append(1), write(*arguments))\n"
-        f"split = dataset.load_split({str(directory)!r})\nprint(split.digest, split.negatives.sum(), len(made))"
-    )
-    command = [sys.executable, "-c", code]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    found = [process.communicate(timeout=300)[0].split() for process in processes]
+    command = [sys.executable, "-c", EVALUATE, directory, "--load", checkpoint, "--evaluate", "-o"]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    processes = [subprocess.Popen([*command, tmp_path / f"out-{i}"], **options) for i in range(8)]
+    found = [process.communicate(timeout=300)[0].splitlines() for process in processes]
     assert [process.returncode for process in processes] == [0] * 8
-    assert len({(digest, total) for digest, total, _ in found}) == 1
-    assert sum(int(made) for *_, made in found) == 1
+    assert len({line.split(", val_time")[0] for lines in found for line in lines if "HR@10" in line}) == 1
+    assert len({(tmp_path / f"out-{i}" / "ranks.npy").read_bytes() for i in range(8)}) == 1
+    assert sum(int(lines[-1]) for lines in found) == 1
     assert {path.name for path in directory.iterdir()} == {*CSV_FILES, PICKLE}
 
 
