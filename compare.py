@@ -13,7 +13,7 @@ from torch import Tensor
 from distiller.cli import ArgumentParser, InputError, run
 from evaluation import values_of_ranks
 from evidence import BOOTSTRAP_SEED, Evidence, read_report
-from significance import bootstrap_interval, mcnemar
+from significance import bootstrap_interval_of_few, mcnemar
 
 COLUMNS = ("", "A", "B", "B - A", "95 % interval", "only A hits", "only B hits", "McNemar's p")
 
@@ -65,7 +65,7 @@ def rows_at(a: Evidence, b: Evidence, k: int) -> list[tuple[str, ...]]:
     hits = [of["hr"].numpy() > 0 for of in values]
     for metric, of_a in values[0].items():
         first, second = of_a.numpy(), values[1][metric].numpy()
-        low, high = bootstrap_interval(second - first, BOOTSTRAP_SEED)
+        low, high = bootstrap_interval_of_few(second - first, BOOTSTRAP_SEED)
         row = (
             f"{metric.upper()}@{k}",
             f"{first.mean():.4f}",

@@ -27,7 +27,7 @@ from dataset import Split
 from distiller.cli import InputError
 from distiller.files import atomic_write, file_digest
 from evaluation import Places, values_of_ranks
-from significance import bootstrap_interval
+from significance import bootstrap_interval_of_few
 
 FORMAT, VERSION = "neumf-evaluation", 1
 BOOTSTRAP_SEED = 0
@@ -91,7 +91,7 @@ def metrics_with_intervals(places: Places, cutoffs: Sequence[int]) -> dict[str, 
     for k in cutoffs:
         found[str(k)] = {"ties_at_cutoff": ties_at(places, k)}
         for metric, orders in values_over_ties(places, k).items():
-            interval = bootstrap_interval(orders["value"].numpy(), BOOTSTRAP_SEED)
+            interval = bootstrap_interval_of_few(orders["value"].numpy(), BOOTSTRAP_SEED)
             means = {order: values.mean().item() for order, values in orders.items()}
             found[str(k)][metric] = means | {"interval_95": list(interval)}
     return found

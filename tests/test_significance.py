@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import significance
-from significance import bootstrap_interval, mcnemar
+from significance import bootstrap_interval, bootstrap_interval_of_few, mcnemar
 
 counts = st.integers(0, 60)
 values = st.lists(st.floats(-100, 100), min_size=1, max_size=30).map(np.array)
@@ -182,3 +182,29 @@ def test_differences_that_are_none(x):
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match="level"):
         bootstrap_interval(np.ones(3), seed=0, **settings)
+
+
+# --- bootstrap of few distinct values ---
+
+
+def test_interval_of_few_is_that_of_drawing_users(monkeypatch):
+    """Up to the error of 10,000 draws each; in parts of any size."""
+    x = np.random.default_rng(0).choice([-1.0, 0.0, 0.5, 1.0], p=[0.1, 0.6, 0.2, 0.1], size=500)
+    expected = bootstrap_interval(x, seed=1)
+    spread = expected[1] - expected[0]
+    for at_once in (significance.DRAWS_AT_ONCE, 4000):
+        monkeypatch.setattr(significance, "DRAWS_AT_ONCE", at_once)
+        assert bootstrap_interval_of_few(x, seed=1) == pytest.approx(expected, abs=0.03 * spread)
+
+
+def test_interval_of_few_by_hand():
+    """The same two values as above."""
+    assert bootstrap_interval_of_few(np.array([0.0, 1.0]), seed=1) == (0.0, 1.0)
+    assert bootstrap_interval_of_few(np.array([0.0, 1.0]), seed=1, level=0.4) == (0.5, 0.5)
+    assert bootstrap_interval_of_few(np.full(7, 0.25), seed=1) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("bad", [np.array([]), np.array([1]), np.array([[1.0]]), np.array([np.nan])])
+def test_interval_of_few_takes_what_the_other_takes(bad):
+    with pytest.raises(ValueError, match="differences"):
+        bootstrap_interval_of_few(bad, seed=1)
