@@ -1344,7 +1344,7 @@ def test_interrupt_key_ends_a_process_in_130(split_dir, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "best.pth.tar").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "checkpoint.pth.tar").exists() and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
