@@ -130,8 +130,8 @@ def fine_tuning(slug: str, schedule: str, rate: str) -> Step:
 
 
 INT8 = "--quantize-eval --qem asym_u --qepc"
-# As in ncf_qat_4bit.yaml.
-FOUR_BITS = "--quantize-eval --qebw 4 --qeba 8 --qema asym_u --qemw sym --qepc --qenql final sigmoid"
+# As in ncf_qat.yaml and, with 4-bit weights, in ncf_qat_4bit.yaml.
+LIKE_QAT = "--quantize-eval --qeba 8 --qema asym_u --qemw sym --qepc --qenql final sigmoid"
 WHOLE, SPLIT = calibration(split_final=False), calibration(split_final=True)
 OF_WHOLE, OF_SPLIT = (f"--qe-stats-file {{out}}/{step.leaves}" for step in (WHOLE, SPLIT))
 AUTO = Step("--qe-auto -o {out}/auto", "auto/quant_auto.yaml")
@@ -169,8 +169,9 @@ ROWS = (
         f"{INT8} --qe-embedding-bits 4 --qe-scaled-concat --qenql final sigmoid {OF_WHOLE}",
         WHOLE,
     ),
+    row_of("8 bits after training, like QAT", "bits8", f"{LIKE_QAT} {OF_WHOLE}", WHOLE),
     row_of("INT8 QAT", "int8_qat", "--quantize-eval", QAT_8, model=QAT_8.leaves),
-    row_of("4 bits after training", "bits4", f"{FOUR_BITS} {OF_WHOLE}", WHOLE),
+    row_of("4 bits after training, like QAT", "bits4", f"{LIKE_QAT} --qebw 4 {OF_WHOLE}", WHOLE),
     row_of("4 bits QAT", "bits4_qat", "--quantize-eval", QAT_4, model=QAT_4.leaves),
 )
 

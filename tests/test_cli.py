@@ -565,7 +565,7 @@ def test_calibration_line_leaves_statistics_of_every_layer(five, split_final):
         for tensor in [entry["output"], *entry["inputs"].values()]:
             index = tensor["shape"] == "(41)"
             assert set(tensor) - {"min", "max", "avg_min", "avg_max", "mean", "std", "b", "shape"} == (
-                set() if index else {"histogram"}
+                set() if index else {"histogram", "column_max"}
             )
     assert statistics["mlp.0"]["inputs"][0]["shape"] == "(41, 8)"
     assert statistics["mf_user_embed"]["inputs"][0]["shape"] == "(41)"
@@ -910,6 +910,14 @@ def test_4_bit_tables_are_two_to_a_byte_in_the_file(quantize_eval, checkpoint):
     assert content["state_dict"][table].shape == (rows, columns // 2)
     assert content["state_dict"][table].dtype == torch.uint8
     assert Path("a/quantized.pth.tar").stat().st_size < 100_000
+
+
+def test_columns_of_statistics_are_not_in_the_file(quantize_eval):
+    """Their scales are."""
+    assert quantize_eval(["--qem", "asym_u", "--qe-per-channel-acts"], "a").code == 0
+    content = load_checkpoint("a/quantized.pth.tar")
+    assert set(content["statistics"]["mlp.0"]["output"]["column_max"].split()) == {"0"}
+    assert len(content["state_dict"]["mlp.0.output_scale"].unique()) > 1
 
 
 @pytest.mark.parametrize(
@@ -1338,7 +1346,7 @@ def test_interrupt_key_ends_a_process_in_130(split_dir, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "best.pth.tar").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "checkpoint.pth.tar").exists() and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -1143,6 +1143,7 @@ def test_flags_have_the_originals_names_and_defaults():
         "qe_per_channel": False,
         "qe_scale_approx_bits": None,
         "qe_scaled_concat": False,
+        "qe_per_channel_acts": False,
         "qe_embedding_bits": None,
         "qe_save_fp_weights": False,
         "qe_engine": "auto",

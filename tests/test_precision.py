@@ -331,14 +331,16 @@ def test_data_that_are_not_there(make, tmp_path):
 # --- settings ---
 
 
-def test_four_bits_after_training_are_those_of_training():
-    """The flags say what the file says; the file differs from that of 8 bits in the weights alone."""
+@pytest.mark.parametrize(("flags", "bits"), [([], 8), (["--qebw", "4"], 4)])
+def test_bits_after_training_are_those_of_training(flags, bits):
+    """The flags say what the file says; the files differ in the weights alone."""
     eight, four = (
         load_schedule(recipe.ROOT / name).quantizer for name in ("ncf_qat.yaml", "ncf_qat_4bit.yaml")
     )
     assert four == eight | {"bits_weights": 4}
-    args = build_parser().parse_args(["split", *precision.FOUR_BITS.split()])
-    assert (args.qe_bits_wts, args.qe_bits_acts) == (four["bits_weights"], four["bits_activations"])
-    assert {"weights": args.qe_mode_wts, "activations": args.qe_mode_acts} == four["mode"]
-    assert args.qe_per_channel == four["per_channel_wts"]
+    settings = eight | {"bits_weights": bits}
+    args = build_parser().parse_args(["split", *precision.LIKE_QAT.split(), *flags])
+    assert (args.qe_bits_wts, args.qe_bits_acts) == (settings["bits_weights"], settings["bits_activations"])
+    assert {"weights": args.qe_mode_wts, "activations": args.qe_mode_acts} == settings["mode"]
+    assert args.qe_per_channel == settings["per_channel_wts"]
     assert args.qe_embedding_bits is None

@@ -16,7 +16,7 @@ from torch import nn
 from ..cli import InputError
 from ..files import atomic_write
 from .post_train import PostTrainLinearQuantizer
-from .statistics import FLAG, Statistics
+from .statistics import FLAG, Statistics, columns_of_text, text_of_columns
 from .wrappers import QuantizedTable
 
 
@@ -24,7 +24,7 @@ def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
     """What ``restore`` makes a prepared model of: tensors, texts and numbers."""
     return {
         "state_dict": quantizer.model.state_dict(),
-        "statistics": _without_histograms(quantizer.statistics),
+        "statistics": _without_distributions(quantizer.statistics),
         "quantizer": _plain(quantizer.arguments()),
     }
 
@@ -99,13 +99,17 @@ def check_tensors(model: nn.Module) -> None:
                 raise InputError(f"not a quantized model: {name} holds weights outside {low} to {high}")
 
 
-def _without_histograms(statistics: Statistics | None) -> Statistics | None:
-    """Statistics whose histograms have only one bin: the ranges found in them are in the tensors already."""
+def _without_distributions(statistics: Statistics | None) -> Statistics | None:
+    """Statistics whose histograms have one bin and columns' maxima are 0: what was found in them is in the tensors."""
     result = copy.deepcopy(statistics)
     for entry in (result or {}).values():
         for tensor in (*entry.get("inputs", {}).values(), entry.get("output", {})):
             if "histogram" in tensor:
                 tensor["histogram"] |= {"counts": "1"}
+            if "column_max" in tensor:
+                tensor["column_max"] = text_of_columns(
+                    torch.zeros_like(columns_of_text(tensor["column_max"]))
+                )
     return result
 
 
