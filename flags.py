@@ -47,7 +47,7 @@ def add_model_flags(add: AddArgument) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="factors of the matrix factorization (default: a checkpoint's own, else %(default)s)",
+        help="factors of the matrix factorization; 0: an MLP alone (default: a checkpoint's own, else %(default)s)",
     )
     add(
         "--layers",
@@ -55,7 +55,8 @@ def add_model_flags(add: AddArgument) -> None:
         nargs="+",
         default=[64, 32, 16, 8],
         metavar="N",
-        help="MLP layer sizes, that of [user, item] first (default: a checkpoint's own, else 64 32 16 8)",
+        help="MLP layer sizes, that of [user, item] first; 0: matrix factorization alone (default: a checkpoint's own, "
+        "else 64 32 16 8)",
     )
     add("--split-final", "--sf", action="store_true", help="a final layer per branch, and their sum")
     add("--load", metavar="FILE", help="checkpoint to evaluate, to calibrate, or to go on training from")
@@ -101,6 +102,22 @@ def add_training_flags(add: AddArgument) -> None:
     add("-s", "--seed", type=int, help="of initial weights and of samples (default: drawn, and recorded)")
     add("-t", "--threshold", type=float, metavar="HR", help="stop training once HR@K reaches this")
     add("--max-steps", **number, help="stop training after N steps, evaluate and save")
+    add(
+        "--pretrain",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="EPOCHS",
+        help="first train each branch alone for so many epochs (%(const)s where none are given), in gmf and mlp within "
+        "the run's directory, and begin with both joined",
+    )
+    add(
+        "--pretrain-rate",
+        type=float,
+        default=0.001,
+        metavar="RATE",
+        help="of Adam in --pretrain's epochs (default: %(default)s)",
+    )
     add("--reset-optimizer", action="store_true", help="with --load: a fresh optimizer, and epochs from 0")
     add(
         "--resume",
@@ -219,12 +236,18 @@ def read_config(args: Namespace) -> dict[str, Any]:
     if args.out_dir is None:
         raise InputError("--resume needs -o/--out-dir: the run to go on with")
     directory = Path(args.out_dir)
-    if not all((directory / name).is_file() for name in (recording.CHECKPOINT, recording.CONFIG)):
-        raise InputError(f"--resume: {directory} holds no run to go on with")
+    path = directory / recording.CONFIG
     try:
-        return dict(json.loads((directory / recording.CONFIG).read_text()))
+        config = dict(json.loads(path.read_text())) if path.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise InputError(f"--resume: {directory / recording.CONFIG}: {error}") from error
+        raise InputError(f"--resume: {path}: {error}") from error
+    # A run that trains its branches first has no checkpoint of its own until they are joined.
+    joined = (directory / recording.CHECKPOINT).is_file()
+    if not config or not (joined or config.get("pretrain")):
+        raise InputError(f"--resume: {directory} holds no run to go on with")
+    if joined and "pretrain" in args.given:
+        raise InputError(f"--pretrain: the branches of {directory} are joined already")
+    return config
 
 
 def check_args(args: Namespace) -> None:
@@ -232,8 +255,9 @@ def check_args(args: Namespace) -> None:
     for flag, value, least, greatest in (
         ("-e/--epochs", args.epochs, 1, MAX_SIZE),
         ("-b/--batch-size", args.batch_size, 1, MAX_SIZE),
-        ("-f/--factors", args.factors, 1, MAX_WIDTH),
-        ("--layers", max(args.layers), 1, MAX_WIDTH),
+        ("-f/--factors", args.factors, 0, MAX_WIDTH),
+        ("--layers", max(args.layers), 0, MAX_WIDTH),
+        ("--pretrain", args.pretrain, 1, MAX_SIZE),
         ("-n/--negative-samples", args.negative_samples, 1, MAX_NEGATIVE_SAMPLES),
         ("-k/--topk", args.topk, 1, MAX_SIZE),
         ("-p/--processes", args.processes, 1, MAX_SIZE),
@@ -244,11 +268,12 @@ def check_args(args: Namespace) -> None:
     ):
         if value is not None and not least <= value <= greatest:
             raise InputError(f"{flag} must be from {least} to {greatest}, not {value}")
-    if not 0 < args.learning_rate < math.inf:
-        raise InputError(f"-l/--learning-rate must be above 0, not {args.learning_rate}")
+    for flag, rate in (("-l/--learning-rate", args.learning_rate), ("--pretrain-rate", args.pretrain_rate)):
+        if not 0 < rate < math.inf:
+            raise InputError(f"{flag} must be above 0, not {rate}")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"-t/--threshold must be above 0 and at most 1, not {args.threshold}")
-    neumf.check_sizes(1, 1, args.factors, args.layers)
+    neumf.check_sizes(1, 1, args.factors, args.layers, args.split_final)
     check_combination(args)
 
 
@@ -281,6 +306,7 @@ def check_combination(args: Namespace) -> None:
             "threshold",
             "compress",
             "param_hist",
+            "pretrain",
         ):
             if name in args.given:
                 raise InputError(f"--{name.replace('_', '-')} is for training, which {asked[0]} does not do")
@@ -297,7 +323,20 @@ def check_combination(args: Namespace) -> None:
     ):
         if given and "precision" in args.given:
             raise InputError(f"--precision and {flag} exclude each other")
+    check_branches(args)
     check_quantization(args)
+
+
+def check_branches(args: Namespace) -> None:
+    """Raise an ``InputError`` for flags at odds with a model's branches."""
+    if "pretrain_rate" in args.given and not args.pretrain:
+        raise InputError("--pretrain-rate needs --pretrain")
+    if args.pretrain and args.load:
+        raise InputError("--pretrain and --load exclude each other")
+    if not neumf.has_both_branches(args.factors, args.layers):
+        for flag, given in (("--pretrain", args.pretrain), ("--compress", args.compress)):
+            if given:
+                raise InputError(f"{flag} needs both branches: -f/--factors and --layers above 0")
 
 
 def lacks_source(args: Namespace) -> bool:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import neumf
 import pictures
+import pretraining
 import recording
 import report
 from automatic import choose_quantization
@@ -90,16 +91,43 @@ def build_optimizer(args: Namespace, model: NeuMF) -> torch.optim.Adam:
     return LazyAdam(model.parameters(), model.tables(), lr=args.learning_rate)
 
 
-def train(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
-    """Train, from new weights, from ``--load``, or from where the run to resume stands."""
+def pretrain(args: Namespace, split: Split, device: torch.device, processes: Processes) -> None:
+    """Train both branches alone, what is left of it in a run to resume, then the model joined from them."""
+    if not args.resume:
+        begin_pretraining(args, split, processes)
+    if not (args.resume and (Path(args.out_dir) / recording.CHECKPOINT).exists()):
+        train_branch = partial(train, split=split, device=device, processes=processes)
+        if not pretraining.train_branches(args, train_branch):
+            return
+        processes.agree(None)  # the first one has written what all read
+        args.resume, args.overwrite = False, True  # the directory holds nothing but the settings
+    train(args, split, device, processes)
+
+
+def begin_pretraining(args: Namespace, split: Split, processes: Processes) -> None:
+    """Make a run's directory and write its settings, for ``--resume`` before there is a checkpoint of the whole."""
+    branches = [pretraining.branch_args(args, branch) for branch in pretraining.BRANCHES if args.out_dir]
+    for part in (args, *branches):
+        check_start(part, processes)
+    schedule_of(args, processes).check(meta_model(args, split))
+    processes.agree(None)  # no file changes before all have looked
+    if processes.first:
+        directory = recording.make_run_directory(args.out_dir, args.name)
+        for part in (directory, *(directory / branch for branch in pretraining.BRANCHES)):
+            recording.clear_run(part)
+        recording.write_config(directory, settings(args))
+        args.out_dir = str(directory)
+    args.out_dir = processes.agree(args.out_dir)
+
+
+def train(args: Namespace, split: Split, device: torch.device, processes: Processes) -> int:
+    """Train, from new weights, from joined branches, from ``--load``, or from where the run to resume stands.
+
+    Returns:
+        The steps taken.
+    """
     start = check_start(args, processes)
-    if args.param_hist:
-        recording.require_matplotlib("--param-hist")
-    schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
-    if schedule.quantizer is not None and processes.world_size > 1:
-        raise InputError(
-            "--compress: quantization-aware training is for one process, which tracks the ranges"
-        )
+    schedule = schedule_of(args, processes)
     args.precision = choose_precision(args, device, schedule)
     model, checkpoint = initial_model(args, start, split, schedule)
     optimizer = build_optimizer(args, model.to(device))
@@ -135,7 +163,19 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
             device=device,
             progress=progress,
         )
-        trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+        return trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+
+
+def schedule_of(args: Namespace, processes: Processes) -> CompressionSchedule:
+    """What ``--compress`` asks for; an ``InputError`` for what these processes, or this machine, cannot do."""
+    if args.param_hist:
+        recording.require_matplotlib("--param-hist")
+    schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
+    if schedule.quantizer is not None and processes.world_size > 1:
+        raise InputError(
+            "--compress: quantization-aware training is for one process, which tracks the ranges"
+        )
+    return schedule
 
 
 def open_recorder(
@@ -145,7 +185,7 @@ def open_recorder(
     if not processes.first:
         return nullcontext()
     directory = recording.open_run_directory(args.out_dir, args.name, device)
-    if not args.resume:
+    if not (args.resume or args.pretrain):  # pre-training has cleared it, and resumes by its settings
         recording.clear_run(directory)
     return recording.Recorder(directory, pictures=args.param_hist)
 
@@ -167,11 +207,11 @@ def initial_model(
 ) -> tuple[NeuMF, dict[str, Any] | None]:
     """The model that training starts with, and the checkpoint that it is from, if any."""
     torch.manual_seed(args.seed)
-    sizes = (split.nb_users, split.nb_items, args.factors, args.layers, args.split_final)
     if start is None:
-        with torch.device("meta"):
-            schedule.check(NeuMF(*sizes))
-        return NeuMF(*sizes), None
+        schedule.check(meta_model(args, split))
+        if args.pretrain:
+            return pretraining.joined_model(args, split), None
+        return NeuMF(split.nb_users, split.nb_items, args.factors, args.layers, args.split_final), None
     checkpoint = load_checkpoint(start)
     model = load_model(args, start, checkpoint, split)
     schedule.check(copy.deepcopy(model))
@@ -183,6 +223,12 @@ def initial_model(
     if before is not None and before == schedule.quantizer:
         restore_rounding(model, checkpoint, args)
     return model, checkpoint
+
+
+def meta_model(args: Namespace, split: Split) -> NeuMF:
+    """A model of the sizes asked for, without weights."""
+    with torch.device("meta"):
+        return NeuMF(split.nb_users, split.nb_items, args.factors, args.layers, args.split_final)
 
 
 def restore(
@@ -280,10 +326,8 @@ def check_going_on(
 
 def resolved_config(args: Namespace, split: Split, device: torch.device, model: NeuMF) -> dict[str, Any]:
     """Every setting as it was in the end: what ``config.json`` and checkpoints record."""
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    del config["given"]
     sizes = neumf.sizes_from_state_dict(without_ranges(model.state_dict()))
-    return config | {
+    return settings(args) | {
         "factors": sizes["mf_dim"],
         "layers": sizes["mlp_layer_sizes"],
         "nb_users": split.nb_users,
@@ -293,6 +337,13 @@ def resolved_config(args: Namespace, split: Split, device: torch.device, model: 
         "torch": str(torch.__version__),
         "command": recording.command_line(),
     }
+
+
+def settings(args: Namespace) -> dict[str, Any]:
+    """The flags, as JSON can hold them."""
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del config["given"]
+    return config
 
 
 def calibration_pass(args: Namespace, split: Split, device: torch.device, share: float) -> TestFunction:
@@ -493,6 +544,8 @@ def main() -> None:
         choose_quantization(args, split, device)
     elif args.evaluate or args.quantize_eval or args.eval_fp16:
         evaluate_checkpoint(args, split, device, processes)
+    elif args.pretrain:
+        pretrain(args, split, device, processes)
     else:
         train(args, split, device, processes)
     leave_processes(processes)

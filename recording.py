@@ -58,6 +58,8 @@ def show_messages() -> None:
 def open_run_directory(out_dir: str | None, name: str | None, device: torch.device) -> Path:
     """Make the run's directory and start its log, with versions, machine and command line at its head.
 
+    The log of a directory opened before, if any, ends.
+
     Args:
         out_dir: The directory; by default a fresh one below ``RUNS``, named by date and time.
         name: Put before the date in a fresh directory's name.
@@ -66,15 +68,15 @@ def open_run_directory(out_dir: str | None, name: str | None, device: torch.devi
     Raises:
         OSError: it cannot be made or written.
     """
-    if out_dir is None:
-        directory = _fresh_directory(RUNS, f"{name}-" if name else "")
-    else:
-        directory = Path(out_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+    directory = make_run_directory(out_dir, name)
     handler = logging.FileHandler(directory / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for logger_name in ("ncf", "distiller"):
-        logging.getLogger(logger_name).addHandler(handler)
+        logger = logging.getLogger(logger_name)
+        for earlier in [other for other in logger.handlers if isinstance(other, logging.FileHandler)]:
+            logger.removeHandler(earlier)
+            earlier.close()
+        logger.addHandler(handler)
     log.debug("command: %s", command_line())
     log.debug("python %s, torch %s, numpy %s", platform.python_version(), torch.__version__, np.__version__)
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
@@ -82,6 +84,15 @@ def open_run_directory(out_dir: str | None, name: str | None, device: torch.devi
         "machine: %s, %d processors, %d threads", platform.platform(), os.cpu_count(), torch.get_num_threads()
     )
     log.debug("device: %s%s", device, gpu)
+    return directory
+
+
+def make_run_directory(out_dir: str | None, name: str | None) -> Path:
+    """The run's directory, made where it is not there; the arguments are those of ``open_run_directory``."""
+    if out_dir is None:
+        return _fresh_directory(RUNS, f"{name}-" if name else "")
+    directory = Path(out_dir)
+    directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 

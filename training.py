@@ -103,18 +103,19 @@ class Trainer:
         self.device = torch.device(device)
         self.progress = progress or Progress()
 
-    def run(self, stop: Stop) -> None:
-        """Train until ``stop``.
+    def run(self, stop: Stop) -> int:
+        """Train until ``stop``; the steps taken.
 
         Raises:
             InputError: a loss is not finite.
         """
-        steps_left = stop.max_steps if stop.max_steps is not None else math.inf
-        while self.progress.epoch < stop.epochs and steps_left > 0:
+        limit = stop.max_steps if stop.max_steps is not None else math.inf
+        taken = 0
+        while self.progress.epoch < stop.epochs and taken < limit:
             epoch, first_step = self.progress.epoch, self.progress.step
             self.schedule.epoch_begin(epoch, self.model)
             start = time.perf_counter()
-            average_loss = self._train_epoch(steps_left)
+            average_loss = self._train_epoch(limit - taken)
             whole = self.progress.step == len(self.batches)
             # Within an epoch, what rows lag by is kept: a run that goes on has the bits of one that never stopped.
             lagging = None
@@ -123,7 +124,7 @@ class Trainer:
                 self.optimizer.flush()
             train_time_s = time.perf_counter() - start
             done = self.progress.step
-            steps_left -= done - first_step
+            taken += done - first_step
 
             start = time.perf_counter()
             scorer = float_scorer(self.model)
@@ -142,7 +143,8 @@ class Trainer:
             )
             if stop.threshold is not None and metrics.hr >= stop.threshold:
                 log.info("HR@%d reached the threshold of %g", self.k, stop.threshold)
-                return
+                break
+        return taken
 
     def _train_epoch(self, max_steps: float) -> float:
         """Take the epoch's remaining steps, ``max_steps`` at most; the mean loss of a sample."""
