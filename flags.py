@@ -333,10 +333,8 @@ def check_branches(args: Namespace) -> None:
         raise InputError("--pretrain-rate needs --pretrain")
     if args.pretrain and args.load:
         raise InputError("--pretrain and --load exclude each other")
-    if not neumf.has_both_branches(args.factors, args.layers):
-        for flag, given in (("--pretrain", args.pretrain), ("--compress", args.compress)):
-            if given:
-                raise InputError(f"{flag} needs both branches: -f/--factors and --layers above 0")
+    if args.pretrain and not neumf.has_both_branches(args.factors, args.layers):
+        raise InputError("--pretrain needs both branches: -f/--factors and --layers above 0")
 
 
 def lacks_source(args: Namespace) -> bool:

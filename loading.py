@@ -72,7 +72,6 @@ def check_one_branch(args: Namespace, path: str | Path) -> None:
     """Raise an ``InputError`` for flags that ask of a branch alone what takes a whole model."""
     for flag, given in (
         ("--split-final", args.split_final),
-        ("--compress", args.compress),
         ("--quantize-eval", args.quantize_eval),
         ("--qe-calibration", args.qe_calibration),
         ("--activation-histograms", args.activation_histograms),

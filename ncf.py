@@ -33,7 +33,7 @@ from distiller.quantization.statistics import foreign_statistics, save_statistic
 from distiller.quantization.train_aware import without_ranges
 from distiller.quantization.wrappers import QuantizedLinear, RowQuantizedEmbedding, ScaledConcat
 from distiller.schedule import CompressionSchedule, load_schedule
-from evaluation import first_users, metrics_of_ranks, rank_test_items, score_all
+from evaluation import evaluate, first_users, metrics_of_ranks, rank_test_items, score_all
 from flags import PROG, asks_for_split, lacks_source, parse_args
 from loading import dummy_input, load_model, load_quantized, quantizer_as_trained, restore_rounding
 from neumf import NeuMF
@@ -109,7 +109,7 @@ def begin_pretraining(args: Namespace, split: Split, processes: Processes) -> No
     branches = [pretraining.branch_args(args, branch) for branch in pretraining.BRANCHES if args.out_dir]
     for part in (args, *branches):
         check_start(part, processes)
-    schedule_of(args, processes).check(meta_model(args, split))
+    check_schedule(schedule_of(args, processes), meta_model(args, split))
     processes.agree(None)  # no file changes before all have looked
     if processes.first:
         directory = recording.make_run_directory(args.out_dir, args.name)
@@ -150,6 +150,9 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
         config = resolved_config(args, split, device, model) | {"compiled": compiled}
         if recorder is not None:
             recording.write_config(recorder.directory, config)
+        if args.pretrain and start is None:
+            joined = evaluate(float_scorer(model), split, args.topk, device, processes)
+            log.info("Joined: %s", joined)
         batches = TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device, processes)
         trainer = Trainer(
             Step(model, optimizer, args.precision, compiled, processes),
@@ -208,13 +211,13 @@ def initial_model(
     """The model that training starts with, and the checkpoint that it is from, if any."""
     torch.manual_seed(args.seed)
     if start is None:
-        schedule.check(meta_model(args, split))
+        check_schedule(schedule, meta_model(args, split))
         if args.pretrain:
             return pretraining.joined_model(args, split), None
         return NeuMF(split.nb_users, split.nb_items, args.factors, args.layers, args.split_final), None
     checkpoint = load_checkpoint(start)
     model = load_model(args, start, checkpoint, split)
-    schedule.check(copy.deepcopy(model))
+    check_schedule(schedule, copy.deepcopy(model))
     before = checkpoint.get("quantization_aware")
     if args.resume and before is not None and before != schedule.quantizer:
         raise InputError(
@@ -223,6 +226,16 @@ def initial_model(
     if before is not None and before == schedule.quantizer:
         restore_rounding(model, checkpoint, args)
     return model, checkpoint
+
+
+def check_schedule(schedule: CompressionSchedule, model: NeuMF) -> None:
+    """Raise an ``InputError`` unless the schedule fits the model, which is changed."""
+    sizes = neumf.sizes_from_state_dict(model.state_dict())
+    if schedule.quantizer is not None and not neumf.has_both_branches(
+        sizes["mf_dim"], sizes["mlp_layer_sizes"]
+    ):
+        raise InputError("--compress: quantization-aware training is for a model of both branches")
+    schedule.check(model)
 
 
 def meta_model(args: Namespace, split: Split) -> NeuMF:

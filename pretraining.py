@@ -73,7 +73,7 @@ def is_trained(args: Namespace) -> bool:
 
 
 def joined_model(args: Namespace, split: Split) -> NeuMF:
-    """The NeuMF of both branches' best models, its final layer as the flags have it.
+    """The NeuMF of both trained branches, its final layer as the flags have it.
 
     Raises:
         InputError: one of them is missing, or of other data or sizes.
@@ -81,7 +81,7 @@ def joined_model(args: Namespace, split: Split) -> NeuMF:
     branches = []
     for branch in BRANCHES:
         own = branch_args(args, branch)
-        path = Path(own.out_dir) / recording.BEST
+        path = Path(own.out_dir) / recording.CHECKPOINT
         branches.append(load_model(own, path, load_checkpoint(path), split).state_dict())
     model = NeuMF(split.nb_users, split.nb_items, args.factors, args.layers, args.split_final)
     model.load_state_dict(neumf.with_final_layer(joined_weights(*branches), args.split_final))

@@ -215,6 +215,8 @@ class Recorder:
         if not self.pictures:
             return
         for name, parameter in model.named_parameters():
+            if not parameter.numel():  # of a branch that is left out
+                continue
             values = parameter.detach().float().cpu()
             self.writer.add_histogram(f"weights/{name}", values, epoch)
             low, high = (bound.item() for bound in values.aminmax())
