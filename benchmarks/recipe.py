@@ -37,12 +37,12 @@ def execute(*command: object) -> str:
     return done.stdout
 
 
-def converted(data: Path, out: Path) -> Path:
+def converted(data: Path, out: Path, nb_negatives: int = 999) -> Path:
     """The directory of the split: ``data`` itself, or what convert.py makes of it."""
     if data.is_dir():
         return data
     directory = out / "split"
-    execute("convert.py", data, directory, "--negatives", 999)
+    execute("convert.py", data, directory, "--negatives", nb_negatives)
     return directory
 
 
@@ -116,14 +116,21 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def protocol(split: Split, args: argparse.Namespace) -> str:
-    """What the figures mean and how they came about."""
+def candidates(split: Split) -> str:
+    """What models are trained on and evaluated against."""
     drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
-    spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
     return (
         f"{split.nb_users} users, {split.nb_items} items, {len(split.train_users)} training pairs "
         f"({split.digest[:19]}). Leave one out; {split.negatives.shape[1]} negatives per user, drawn "
-        f"{drawn[split.distinct_negatives]}; ties count against the test item. Layers "
+        f"{drawn[split.distinct_negatives]}; ties count against the test item."
+    )
+
+
+def protocol(split: Split, args: argparse.Namespace) -> str:
+    """What the figures mean and how they came about."""
+    spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
+    return (
+        f"{candidates(split)} Layers "
         f"{' '.join(map(str, args.layers))}, {args.factors} factors, batch {args.batch_size}, learning rate "
         f"{args.learning_rate}, the best of {args.epochs} epochs by HR@10, seeds "
         f"{' '.join(map(str, args.seeds))}{spread}. Calibrated on 10 % of the test users. {machine()}."

@@ -165,6 +165,13 @@ def test_one_branch_is_not_trained_to_be_quantized(ncf, split_dir, pretrained, m
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(("layers", "begins"), [([0], 1.0), ([6, 4], None)])
+def test_gmf_begins_as_matrix_factorization(layers, begins):
+    """Its logit is the product of embeddings, and a bias; no other model's is."""
+    weight = NeuMF(USERS, ITEMS, 5, layers).final.weight
+    assert bool((weight == 1).all()) == (begins == 1)
+
+
 # --- joined ---
 
 
@@ -251,14 +258,13 @@ def test_joined_run_begins_with_both_branches(split_dir, pretrained, monkeypatch
     assert f"Joined: {evaluate(float_scorer(model), load_split(split_dir))}\n" in out
 
 
-@pytest.mark.parametrize("flags", [[], ["--split-final"]])
+# Within GMF, between the branches, within the MLP twice, between it and the joined run, within that, many times.
 @pytest.mark.parametrize(
     "parts", [[10], [2 * STEPS], [2 * STEPS + 10, 5], [4 * STEPS], [4 * STEPS + 10], [50, 50, 50, 50]]
 )
-def test_resumed_run_ends_in_the_weights_of_an_unbroken_one(train, parts, flags):
-    """Stopped within a stage, between two, several times: settings, weights, and steps of all stages in one count."""
-    train(*PRETRAIN, *flags, "-o", "whole")
-    train(*PRETRAIN, *flags, "--max-steps", parts[0], "-o", "parts")
+def test_resumed_run_ends_in_the_weights_of_an_unbroken_one(train, pretrained, parts):
+    """Stopped in any stage: settings, weights, metrics, and the steps of all stages in one count."""
+    train(*PRETRAIN, "--max-steps", parts[0], "-o", "parts")
     for steps in parts[1:]:
         train("--resume", "--max-steps", steps, "-o", "parts")
     done = sum(steps_of(path.parent) for path in Path("parts").rglob("checkpoint.pth.tar"))
@@ -266,21 +272,35 @@ def test_resumed_run_ends_in_the_weights_of_an_unbroken_one(train, parts, flags)
     train("--resume", "-o", "parts")
     for stage in ("gmf", "mlp", "."):
         whole, resumed = (
-            load_checkpoint(f"{name}/{stage}/checkpoint.pth.tar") for name in ("whole", "parts")
+            load_checkpoint(directory / stage / "checkpoint.pth.tar")
+            for directory in (pretrained, Path("parts"))
         )
         assert whole["hr"] == resumed["hr"]
         for key, tensor in whole["state_dict"].items():
             assert torch.equal(tensor, resumed["state_dict"][key]), (stage, key)
 
 
-def test_stage_killed_between_its_files_is_resumed(train):
-    """A branch that was never begun is begun, one that was begun is gone on with."""
-    train(*PRETRAIN, "-o", "whole")
-    train(*PRETRAIN, "--max-steps", 2 * STEPS, "-o", "parts")
-    shutil.rmtree("parts/mlp", ignore_errors=True)
+def test_split_final_layer_is_the_joined_models(train):
+    """The branches have one layer each; joined, each keeps its own, and the run is resumed as any."""
+    train(*PRETRAIN, "--split-final", "--max-steps", 4 * STEPS + 10, "-o", "run")
+    mlp, joined = (load_checkpoint(f"run/{stage}/checkpoint.pth.tar")["state_dict"] for stage in ("mlp", "."))
+    assert "final.weight" in mlp
+    assert joined["final_mf.weight"].shape == joined["final_mlp.weight"].shape == (1, 4)
+    train("--resume", "-o", "run")
+    assert steps_of("run") == 2 * STEPS
+
+
+def test_branch_that_is_gone_is_trained_again(train, pretrained):
+    """And no other one; to the same bits."""
+    train(*PRETRAIN, "--max-steps", 4 * STEPS, "-o", "parts")
+    shutil.rmtree("parts/mlp")
     out = train("--resume", "-o", "parts")
-    assert "GMF" not in out and "MLP" in out
-    whole, resumed = (load_checkpoint(f"{name}/best.pth.tar")["state_dict"] for name in ("whole", "parts"))
+    assert "GMF alone" not in out
+    assert "MLP alone" in out
+    whole, resumed = (
+        load_checkpoint(directory / "checkpoint.pth.tar")["state_dict"]
+        for directory in (pretrained, Path("parts"))
+    )
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
