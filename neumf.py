@@ -70,11 +70,7 @@ class NeuMF(nn.Module):
         self._initialize(fan_in_final=mf_dim + last)
 
     def _initialize(self, fan_in_final: int) -> None:
-        """Embeddings normal, MLP Glorot uniform, final LeCun uniform; biases as ``nn.Linear`` leaves them.
-
-        GMF alone begins as matrix factorization, with a final layer of ones: with small weights before products of
-        small embeddings a quarter of 64 factors were never learned (ml-1m, 2026-11-23).
-        """
+        """Embeddings normal, MLP Glorot uniform, final LeCun uniform; biases as ``nn.Linear`` leaves them."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=EMBEDDING_STD)
@@ -84,8 +80,6 @@ class NeuMF(nn.Module):
                 # The halves of a split layer are one layer of this fan-in.
                 bound = math.sqrt(3 / fan_in_final)
                 nn.init.uniform_(module.weight, -bound, bound)
-        if not self.mlp:
-            nn.init.ones_(self.final.weight)
 
     def forward(self, user: Tensor, item: Tensor, sigmoid: bool = False) -> Tensor:
         """Score pairs.

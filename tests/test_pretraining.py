@@ -165,13 +165,6 @@ def test_one_branch_is_not_trained_to_be_quantized(ncf, split_dir, pretrained, m
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(("layers", "begins"), [([0], 1.0), ([6, 4], None)])
-def test_gmf_begins_as_matrix_factorization(layers, begins):
-    """Its logit is the product of embeddings, and a bias; no other model's is."""
-    weight = NeuMF(USERS, ITEMS, 5, layers).final.weight
-    assert bool((weight == 1).all()) == (begins == 1)
-
-
 # --- joined ---
 
 
