@@ -38,7 +38,7 @@ def train_branches(args: Namespace, train: Callable[[Namespace], int]) -> bool:
     for branch in BRANCHES:
         own = branch_args(args, branch)
         if not is_trained(own):
-            log.info("Training %s alone, in %s", branch.upper(), own.out_dir)
+            log.info("Training %s alone", branch.upper())
             steps = train(own)
             if args.max_steps is not None:
                 args.max_steps -= steps
