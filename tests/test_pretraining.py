@@ -6,13 +6,16 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
+from conftest import call, run_ncf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ncf as program
+from benchmarks import pretraining as table
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
 from evaluation import evaluate
@@ -66,8 +69,6 @@ def train(ncf, split_dir):
 @pytest.fixture(scope="module")
 def pretrained(split_dir, tmp_path_factory) -> Path:
     """A pre-trained run. To be read only."""
-    from conftest import run_ncf
-
     directory = tmp_path_factory.mktemp("pretrained") / "run"
     outcome = run_ncf(split_dir, *PRETRAIN, "-o", directory)
     assert outcome.code == 0, outcome.err
@@ -384,3 +385,47 @@ def test_damaged_branch_is_named(ncf, split_dir, train):
     assert str(last) in outcome.err
     last.write_bytes(content)
     train("--resume", "-o", "run")
+
+
+# --- the table ---
+
+TABLE = ["--layers", 8, 6, 4, "--factors", 4, "--batch-size", 256, "--pretrain", 1, "--epochs", 2]
+
+
+def make_table(split_dir: Path, *flags: object) -> tuple[dict[str, list[str]], str]:
+    """The table of two seeds, its cells by their row, and the line below it."""
+    outcome = call("pretraining.py", table.main, (split_dir, *TABLE, "--seeds", 1, 2, *flags))
+    assert outcome.code == 0, outcome.err
+    *lines, _, protocol = outcome.out.strip().split("\n")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert tuple(cells[0]) == table.HEADER
+    return {first: rest for first, *rest in cells[2:]}, protocol
+
+
+def test_table_has_what_the_runs_left(scripts_here, split_dir):
+    """Of both seeds: a branch's last epoch, the joined model, the best epoch after it."""
+    rows, protocol = make_table(split_dir, "--out", "out")
+    assert list(rows) == ["GMF", "MLP", "joined", "NeuMF"]
+    assert [command[0] for command in scripts_here] == ["ncf.py", "ncf.py"]
+    for model, directory, file in (("GMF", "gmf", "checkpoint"), ("NeuMF", ".", "best")):
+        hrs = [100 * load_checkpoint(f"out/seed-{s}/{directory}/{file}.pth.tar")["hr"] for s in (1, 2)]
+        assert rows[model][0] == f"{mean(hrs):.2f} ± {stdev(hrs):.2f}"
+    assert [row[2] for row in rows.values()] == ["1", "1", "", "2"]
+    assert "40 negatives per user" in protocol
+    assert "seeds 1 2" in protocol
+
+
+def test_table_goes_on_where_it_was(scripts_here, split_dir):
+    """A run that is there is read, one that was stopped is resumed, one with other settings is refused."""
+    rows, _ = make_table(split_dir, "--out", "out")
+    scripts_here.clear()
+    assert make_table(split_dir, "--out", "out")[0] == rows
+    assert not scripts_here
+    words = [split_dir, "-b", 256, *SIZES, "--pretrain", 1, "-l", 0.0001, "-e", 2, "-s", 1, "--overwrite"]
+    assert run_ncf(*words, "--max-steps", STEPS + 5, "-o", "out/seed-1").code == 0
+    again, _ = make_table(split_dir, "--out", "out")
+    assert [command[2] for command in scripts_here] == ["--resume"]
+    assert [row[:3] for row in again.values()] == [row[:3] for row in rows.values()]
+    outcome = call("pretraining.py", table.main, (split_dir, *TABLE, "--epochs", 3, "--out", "out"))
+    assert outcome.code == 2
+    assert "out/seed-1 has epochs 2, not 3: --overwrite trains anew" in outcome.err
