@@ -155,7 +155,7 @@ def train(args: Namespace, split: Split, device: torch.device, processes: Proces
             log.info("Joined: %s", joined)
         batches = TrainingBatches(split, args.batch_size, args.negative_samples, args.seed, device, processes)
         trainer = Trainer(
-            Step(model, optimizer, args.precision, compiled, processes, args.l2),
+            Step(model, optimizer, args.precision, compiled, processes),
             batches,
             split,
             recorder,
