@@ -49,7 +49,7 @@ def add_model_flags(add: AddArgument) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="factors of the matrix factorization (default: a checkpoint's own, else %(default)s)",
+        help="factors of the matrix factorization; 0: an MLP alone (default: a checkpoint's own, else %(default)s)",
     )
     add(
         "--layers",
@@ -57,7 +57,8 @@ def add_model_flags(add: AddArgument) -> None:
         nargs="+",
         default=[64, 32, 16, 8],
         metavar="N",
-        help="MLP layer sizes, that of [user, item] first (default: a checkpoint's own, else 64 32 16 8)",
+        help="MLP layer sizes, that of [user, item] first; 0: matrix factorization alone (default: a checkpoint's own, "
+        "else 64 32 16 8)",
     )
     add("--split-final", "--sf", action="store_true", help="a final layer per branch, and their sum")
     add("--load", metavar="FILE", help="checkpoint to evaluate, to calibrate, or to go on training from")
@@ -112,6 +113,22 @@ def add_training_flags(add: AddArgument) -> None:
         "--save-every",
         **number,
         help="within an epoch too, save every N steps, so that a kill loses at most N (default: after each epoch)",
+    )
+    add(
+        "--pretrain",
+        type=int,
+        nargs="?",
+        const=10,
+        metavar="EPOCHS",
+        help="first train each branch alone for so many epochs (%(const)s where none are given), in gmf and mlp within "
+        "the run's directory, and begin with both joined",
+    )
+    add(
+        "--pretrain-rate",
+        type=float,
+        default=0.001,
+        metavar="RATE",
+        help="of Adam in --pretrain's epochs (default: %(default)s)",
     )
     add("--reset-optimizer", action="store_true", help="with --load: a fresh optimizer, and epochs from 0")
     add(
@@ -275,13 +292,20 @@ def read_config(args: Namespace) -> dict[str, Any]:
     if args.out_dir is None:
         raise InputError("--resume needs -o/--out-dir: the run to go on with")
     directory = Path(args.out_dir)
-    if not all((directory / name).is_file() for name in (recording.CHECKPOINT, recording.CONFIG)):
-        raise InputError(f"--resume: {directory} holds no run with a checkpoint to go on from")
+    path = directory / recording.CONFIG
     try:
-        config = dict(json.loads((directory / recording.CONFIG).read_text()))
-        return {"cutoffs": [config["topk"]]} | config  # of runs from before there were several
+        config = dict(json.loads(path.read_text())) if path.is_file() else {}
+        if config:
+            config.setdefault("cutoffs", [config["topk"]])  # of runs from before there were several
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"--resume: {directory / recording.CONFIG}: {error}") from error
+        raise InputError(f"--resume: {path}: {error}") from error
+    # A run that trains its branches first has no checkpoint of its own until they are joined.
+    joined = (directory / recording.CHECKPOINT).is_file()
+    if not config or not (joined or config.get("pretrain")):
+        raise InputError(f"--resume: {directory} holds no run with a checkpoint to go on from")
+    if joined and "pretrain" in args.given:
+        raise InputError(f"--pretrain: the branches of {directory} are joined already")
+    return config
 
 
 def check_args(args: Namespace) -> None:
@@ -289,8 +313,9 @@ def check_args(args: Namespace) -> None:
     for flag, value, least, greatest in (
         ("-e/--epochs", args.epochs, 1, MAX_SIZE),
         ("-b/--batch-size", args.batch_size, 1, MAX_SIZE),
-        ("-f/--factors", args.factors, 1, MAX_WIDTH),
-        ("--layers", max(args.layers), 1, MAX_WIDTH),
+        ("-f/--factors", args.factors, 0, MAX_WIDTH),
+        ("--layers", max(args.layers), 0, MAX_WIDTH),
+        ("--pretrain", args.pretrain, 1, MAX_SIZE),
         ("-n/--negative-samples", args.negative_samples, 1, MAX_NEGATIVE_SAMPLES),
         ("-k/--topk", min(args.cutoffs), 1, MAX_SIZE),
         ("-k/--topk", max(args.cutoffs), 1, MAX_SIZE),
@@ -303,13 +328,14 @@ def check_args(args: Namespace) -> None:
     ):
         if value is not None and not least <= value <= greatest:
             raise InputError(f"{flag} must be from {least} to {greatest}, not {value}")
-    if not 0 < args.learning_rate < math.inf:
-        raise InputError(f"-l/--learning-rate must be above 0, not {args.learning_rate}")
+    for flag, rate in (("-l/--learning-rate", args.learning_rate), ("--pretrain-rate", args.pretrain_rate)):
+        if not 0 < rate < math.inf:
+            raise InputError(f"{flag} must be above 0, not {rate}")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"-t/--threshold must be above 0 and at most 1, not {args.threshold}")
     if len(set(args.cutoffs)) < len(args.cutoffs):
         raise InputError(f"-k/--topk: {' '.join(map(str, args.cutoffs))} has a number twice")
-    neumf.check_sizes(1, 1, args.factors, args.layers)
+    neumf.check_sizes(1, 1, args.factors, args.layers, args.split_final)
     check_combination(args)
 
 
@@ -344,6 +370,7 @@ def check_combination(args: Namespace) -> None:
             "compress",
             "param_hist",
             "validate",
+            "pretrain",
         ):
             if name in args.given:
                 raise InputError(f"--{name.replace('_', '-')} is for training, which {asked[0]} does not do")
@@ -366,6 +393,7 @@ def check_combination(args: Namespace) -> None:
         if given and args.ranking != "sampled":
             raise InputError(f"--ranking {args.ranking}: {flag} looks at the sampled candidates")
     check_report(args, bool(evaluates or (args.validate and not asked)))
+    check_branches(args)
     check_quantization(args)
 
 
@@ -381,6 +409,16 @@ def check_report(args: Namespace, evaluates: bool) -> None:
         )
     if not args.report.parent.is_dir() or args.report.is_dir():
         raise InputError(f"--report: {args.report} is not a file in a directory")
+
+
+def check_branches(args: Namespace) -> None:
+    """Raise an ``InputError`` for flags at odds with a model's branches."""
+    if "pretrain_rate" in args.given and not args.pretrain:
+        raise InputError("--pretrain-rate needs --pretrain")
+    if args.pretrain and args.load:
+        raise InputError("--pretrain and --load exclude each other")
+    if args.pretrain and not neumf.has_both_branches(args.factors, args.layers):
+        raise InputError("--pretrain needs both branches: -f/--factors and --layers above 0")
 
 
 def lacks_source(args: Namespace) -> bool:

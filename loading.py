@@ -63,10 +63,25 @@ def fitting_sizes(
             f"--load: {path} has {sizes['nb_users']} users and {sizes['nb_items']} items, "
             f"{args.data} has {split.nb_users} and {split.nb_items}"
         )
+    if not neumf.has_both_branches(sizes["mf_dim"], sizes["mlp_layer_sizes"]):
+        check_one_branch(args, path)
     for name, size in (("factors", sizes["mf_dim"]), ("layers", sizes["mlp_layer_sizes"])):
         if name in args.given and getattr(args, name) != size:
             raise InputError(f"--{name}: {getattr(args, name)} asked for, but {path} has {size}")
     return sizes
+
+
+def check_one_branch(args: Namespace, path: str | Path) -> None:
+    """Raise an ``InputError`` for flags that ask of a branch alone what takes a whole model."""
+    for flag, given in (
+        ("--split-final", args.split_final),
+        ("--quantize-eval", args.quantize_eval),
+        ("--qe-calibration", args.qe_calibration),
+        ("--activation-histograms", args.activation_histograms),
+        ("--qe-auto", args.qe_auto),
+    ):
+        if given:
+            raise InputError(f"{flag}: {path} is one branch alone, which is trained and evaluated in float")
 
 
 def warn_of_other_data(args: Namespace, path: str | Path) -> None:

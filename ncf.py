@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import neumf
 import pictures
+import pretraining
 import recording
 import report
 from automatic import choose_quantization
@@ -33,7 +34,7 @@ from distiller.quantization.statistics import foreign_statistics, save_statistic
 from distiller.quantization.train_aware import without_ranges
 from distiller.quantization.wrappers import QuantizedLinear, RowQuantizedEmbedding, ScaledConcat
 from distiller.schedule import CompressionSchedule, load_schedule
-from evaluation import first_users, nb_ranked, score_all
+from evaluation import describe, first_users, metrics_of_ranks, nb_ranked, rank_test_items, score_all
 from flags import PROG, asks_for_split, lacks_source, parse_args
 from loading import dummy_input, load_model, load_quantized, quantizer_as_trained, restore_rounding
 from neumf import NeuMF
@@ -98,18 +99,58 @@ def build_optimizer(args: Namespace, model: NeuMF) -> torch.optim.Adam:
     return LazyAdam(model.parameters(), model.tables(), lr=args.learning_rate)
 
 
-def train(
+def train_whole(
     args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
 ) -> None:
-    """Train, from new weights, from ``--load``, or from where the run to resume stands."""
+    """Train as the flags ask, the branches before the whole model; then evaluate what ``--validate`` chose."""
+    if args.pretrain and not pretrain(args, split, device, processes, directory):
+        return
+    train(args, split, device, processes, directory)
+    if args.validate:
+        evaluate_best(args, split, device, processes, directory)
+
+
+def pretrain(
+    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
+) -> bool:
+    """Train both branches alone, or what is left of it in a run to resume; whether they are done."""
+    if not args.resume:
+        begin_pretraining(args, split, processes, directory)
+    if args.resume and (Path(args.out_dir) / recording.CHECKPOINT).exists():
+        return True  # they have been joined
+    train_branch = partial(train, split=split, device=device, processes=processes)
+    if not pretraining.train_branches(args, train_branch, processes.first):
+        return False
+    processes.agree(None)  # the first one has written what all read
+    args.resume, args.overwrite = False, True  # the directory holds nothing but the settings
+    return True
+
+
+def begin_pretraining(args: Namespace, split: Split, processes: Processes, directory: Path | None) -> None:
+    """Write a run's settings, for ``--resume`` before there is a checkpoint of the whole."""
+    branches = [pretraining.branch_args(args, branch) for branch in pretraining.BRANCHES if args.out_dir]
+    for part in (args, *branches):
+        check_start(part, processes)
+    check_schedule(schedule_of(args, processes), meta_model(args, split))
+    processes.agree(None)  # no file changes before all have looked
+    if directory is not None:
+        for part in (directory, *(directory / branch for branch in pretraining.BRANCHES)):
+            recording.clear_run(part)
+        recording.write_config(directory, settings(args))
+        args.out_dir = str(directory)
+    args.out_dir = processes.agree(args.out_dir)
+
+
+def train(
+    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
+) -> int:
+    """Train, from new weights, from joined branches, from ``--load``, or from where the run to resume stands.
+
+    Returns:
+        The steps taken.
+    """
     start = check_start(args, processes)
-    if args.param_hist:
-        recording.require_matplotlib("--param-hist")
-    schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
-    if schedule.quantizer is not None and processes.world_size > 1:
-        raise InputError(
-            "--compress: quantization-aware training is for one process, which tracks the ranges"
-        )
+    schedule = schedule_of(args, processes)
     args.precision = choose_precision(args, device, schedule)
     model, checkpoint = initial_model(args, start, split, schedule)
     optimizer = build_optimizer(args, model.to(device))
@@ -139,6 +180,11 @@ def train(
         config = resolved_config(args, split, device, model) | {"compiled": compiled}
         if recorder is not None:
             recording.write_config(recorder.directory, config)
+        if args.pretrain and start is None:
+            ranks = rank_test_items(
+                float_scorer(model), seen, args.topk, device, processes, ranking=args.ranking
+            )
+            log.info("Joined: %s", describe([metrics_of_ranks(ranks, k) for k in args.cutoffs]))
         trainer = Trainer(
             Step(model, optimizer, args.precision, compiled, processes),
             batches,
@@ -153,9 +199,19 @@ def train(
             progress=progress,
             save_every=args.save_every or 0,
         )
-        trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
-        if args.validate:
-            evaluate_best(args, split, device, processes, recorder and recorder.directory)
+        return trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+
+
+def schedule_of(args: Namespace, processes: Processes) -> CompressionSchedule:
+    """What ``--compress`` asks for; an ``InputError`` for what these processes, or this machine, cannot do."""
+    if args.param_hist:
+        recording.require_matplotlib("--param-hist")
+    schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
+    if schedule.quantizer is not None and processes.world_size > 1:
+        raise InputError(
+            "--compress: quantization-aware training is for one process, which tracks the ranges"
+        )
+    return schedule
 
 
 def open_recorder(
@@ -170,7 +226,7 @@ def open_recorder(
         return nullcontext()
     if args.resume:
         recording.drop_results_after(directory, progress.epoch, progress.step)
-    else:
+    elif not args.pretrain:  # which has cleared it, and resumes by its settings
         recording.clear_run(directory)
     recording.start_log(directory, device)
     done = progress.epoch * len(batches) + progress.step
@@ -194,14 +250,14 @@ def initial_model(
 ) -> tuple[NeuMF, dict[str, Any] | None]:
     """The model that training starts with, and the checkpoint that it is from, if any."""
     torch.manual_seed(args.seed)
-    sizes = (split.nb_users, split.nb_items, args.factors, args.layers, args.split_final)
     if start is None:
-        with torch.device("meta"):
-            schedule.check(NeuMF(*sizes))
-        return NeuMF(*sizes), None
+        check_schedule(schedule, meta_model(args, split))
+        if args.pretrain:
+            return pretraining.joined_model(args, split), None
+        return NeuMF(split.nb_users, split.nb_items, args.factors, args.layers, args.split_final), None
     checkpoint = load_checkpoint(start)
     model = load_model(args, start, checkpoint, split)
-    schedule.check(copy.deepcopy(model))
+    check_schedule(schedule, copy.deepcopy(model))
     before = checkpoint.get("quantization_aware")
     if args.resume and before is not None and before != schedule.quantizer:
         raise InputError(
@@ -210,6 +266,22 @@ def initial_model(
     if before is not None and before == schedule.quantizer:
         restore_rounding(model, checkpoint, args)
     return model, checkpoint
+
+
+def check_schedule(schedule: CompressionSchedule, model: NeuMF) -> None:
+    """Raise an ``InputError`` unless the schedule fits the model, which is changed."""
+    sizes = neumf.sizes_from_state_dict(model.state_dict())
+    if schedule.quantizer is not None and not neumf.has_both_branches(
+        sizes["mf_dim"], sizes["mlp_layer_sizes"]
+    ):
+        raise InputError("--compress: quantization-aware training is for a model of both branches")
+    schedule.check(model)
+
+
+def meta_model(args: Namespace, split: Split) -> NeuMF:
+    """A model of the sizes asked for, without weights."""
+    with torch.device("meta"):
+        return NeuMF(split.nb_users, split.nb_items, args.factors, args.layers, args.split_final)
 
 
 def restore(
@@ -346,10 +418,8 @@ def check_same_metrics(before: dict[str, Any], args: Namespace) -> None:
 
 def resolved_config(args: Namespace, split: Split, device: torch.device, model: NeuMF) -> dict[str, Any]:
     """Every setting as it was in the end: what ``config.json`` and checkpoints record."""
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    del config["given"]
     sizes = neumf.sizes_from_state_dict(without_ranges(model.state_dict()))
-    return config | {
+    return settings(args) | {
         "factors": sizes["mf_dim"],
         "layers": sizes["mlp_layer_sizes"],
         "nb_users": split.nb_users,
@@ -359,6 +429,13 @@ def resolved_config(args: Namespace, split: Split, device: torch.device, model: 
         "torch": str(torch.__version__),
         "command": recording.command_line(),
     }
+
+
+def settings(args: Namespace) -> dict[str, Any]:
+    """The flags, as JSON can hold them."""
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del config["given"]
+    return config
 
 
 def calibration_pass(args: Namespace, split: Split, device: torch.device, share: float) -> TestFunction:
@@ -554,6 +631,12 @@ def main() -> None:
             f"-k/--topk: {max(args.cutoffs)} of a list of only {nb_ranked(split, args.ranking)} candidates"
         )
     check_processes(args, processes)
+    split = load_split(args.data)
+    if max(args.cutoffs) > nb_ranked(split, args.ranking):
+        raise InputError(
+            f"-k/--topk: {max(args.cutoffs)} of a list of only {nb_ranked(split, args.ranking)} candidates"
+        )
+    check_processes(args, processes)
     own = recording.run_directory(args.out_dir, args.name) if processes.first else nullcontext()
     with own as directory, out_of_memory_named():
         if args.qe_calibration:
@@ -565,7 +648,7 @@ def main() -> None:
         elif args.evaluate or args.quantize_eval or args.eval_fp16:
             evaluate_checkpoint(args, split, device, processes, directory)
         else:
-            train(args, split, device, processes, directory)
+            train_whole(args, split, device, processes, directory)
     leave_processes(processes)
 
 

@@ -27,13 +27,14 @@ class NeuMF(nn.Module):
     Args:
         nb_users: U.
         nb_items: I.
-        mf_dim: F, the factors of the matrix factorization branch.
-        mlp_layer_sizes: L_0 .. L_n. L_0 is the width of [user, item] and so must be even.
+        mf_dim: F, the factors of the matrix factorization branch; 0 leaves it out (the paper's MLP, section 3.3).
+        mlp_layer_sizes: L_0 .. L_n. L_0 is the width of [user, item] and so must be even. [0] leaves the
+            perceptron out (the paper's GMF, section 3.2).
         split_final: Score each branch with a linear layer of its own and add the two, instead of one layer
             over the concatenation. The same function in FP32; in INT8 each branch keeps a range of its own.
 
     Raises:
-        InputError: a size below 1, or an odd L_0.
+        InputError: sizes that no model has, or ``split_final`` with one branch.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class NeuMF(nn.Module):
         split_final: bool = False,
     ):
         super().__init__()
-        check_sizes(nb_users, nb_items, mf_dim, mlp_layer_sizes)
+        check_sizes(nb_users, nb_items, mf_dim, mlp_layer_sizes, split_final)
         self.split_final = split_final
         mlp_dim, last = mlp_layer_sizes[0] // 2, mlp_layer_sizes[-1]
 
@@ -113,18 +114,31 @@ class NeuMF(nn.Module):
         )
 
 
-def check_sizes(nb_users: int, nb_items: int, mf_dim: int, mlp_layer_sizes: Sequence[int]) -> None:
+def check_sizes(
+    nb_users: int, nb_items: int, mf_dim: int, mlp_layer_sizes: Sequence[int], split_final: bool = False
+) -> None:
     """Raise an ``InputError`` that names the flag unless a ``NeuMF`` of these sizes can exist."""
     if nb_users < 1 or nb_items < 1:
         raise InputError(f"a model needs users and items, not {nb_users} and {nb_items}")
-    if mf_dim < 1:
-        raise InputError(f"-f/--factors must be at least 1, not {mf_dim}")
+    if mf_dim < 0:
+        raise InputError(f"-f/--factors must be at least 0, not {mf_dim}")
+    if split_final and not has_both_branches(mf_dim, mlp_layer_sizes):
+        raise InputError("--split-final: a model of one branch has no final layer to split")
+    if list(mlp_layer_sizes) == [0]:
+        if not mf_dim:
+            raise InputError("-f/--factors and --layers are both 0, which leaves no branch")
+        return
     if len(mlp_layer_sizes) < 2:
-        raise InputError("--layers needs at least two sizes")
+        raise InputError("--layers needs at least two sizes, or 0 alone")
     if min(mlp_layer_sizes) < 1:
         raise InputError(f"--layers has a size below 1: {' '.join(map(str, mlp_layer_sizes))}")
     if mlp_layer_sizes[0] % 2:
         raise InputError(f"--layers starts with {mlp_layer_sizes[0]}: half is the user's, so it must be even")
+
+
+def has_both_branches(mf_dim: int, mlp_layer_sizes: Sequence[int]) -> bool:
+    """Whether a model of these sizes has matrix factorization and perceptron."""
+    return mf_dim > 0 and list(mlp_layer_sizes) != [0]
 
 
 def sizes_from_state_dict(state_dict: StateDict) -> dict:
@@ -148,7 +162,7 @@ def sizes_from_state_dict(state_dict: StateDict) -> dict:
         "mlp_layer_sizes": sizes,
         "split_final": is_split(state_dict),
     }
-    check_sizes(nb_users, nb_items, mf_dim, sizes)
+    check_sizes(**arguments)
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in NeuMF(**arguments).state_dict().items()}
     found = {key: tensor.shape for key, tensor in state_dict.items()}

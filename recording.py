@@ -107,7 +107,7 @@ class _LogFile(logging.FileHandler):
 
 
 def start_log(directory: Path, device: torch.device) -> None:
-    """Start a run's log, with versions, machine and command line at its head.
+    """Start a run's log, with versions, machine and command line at its head; an earlier run's ends.
 
     Args:
         directory: The run's.
@@ -119,7 +119,11 @@ def start_log(directory: Path, device: torch.device) -> None:
     handler = _LogFile(directory / LOG, errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for logger_name in ("ncf", "distiller"):
-        logging.getLogger(logger_name).addHandler(handler)
+        logger = logging.getLogger(logger_name)
+        for earlier in [other for other in logger.handlers if isinstance(other, _LogFile)]:
+            logger.removeHandler(earlier)
+            earlier.close()
+        logger.addHandler(handler)
     log.debug("command: %s", command_line())
     log.debug("python %s, torch %s, numpy %s", platform.python_version(), torch.__version__, np.__version__)
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
@@ -303,6 +307,8 @@ class Recorder:
         if not self.pictures:
             return
         for name, parameter in model.named_parameters():
+            if not parameter.numel():  # of a branch that is left out
+                continue
             values = parameter.detach().float().cpu()
             with self._naming_directory():
                 self.writer.add_histogram(f"weights/{name}", values, epoch)

@@ -220,11 +220,13 @@ class FactoredScorer:
 
 
 def float_scorer(model: NeuMF, dtype: torch.dtype | None = None, compiled: bool = False) -> Scorer:
-    """What scores with a model that is not quantized: factored, unless it rounds as quantization-aware training does.
+    """What scores with a model that is not quantized: factored, where it has a first layer that nothing rounds.
 
     Args:
         model: A NeuMF.
         dtype: As for ``FactoredScorer``.
         compiled: Likewise.
     """
-    return PairScorer(model) if is_quantization_aware(model) else FactoredScorer(model, dtype, compiled)
+    if is_quantization_aware(model) or not model.mlp:
+        return PairScorer(model)
+    return FactoredScorer(model, dtype, compiled)

@@ -126,8 +126,11 @@ class Trainer:
         self.save_every = save_every
         self._losses: list[Tensor] = []  # of steps that are not in the sum yet
 
-    def run(self, stop: Stop) -> None:
+    def run(self, stop: Stop) -> int:
         """Train until ``stop``, or until a signal: then the step is finished, and where training stands is saved.
+
+        Returns:
+            The steps taken.
 
         Raises:
             InputError: a loss is not finite.
@@ -136,21 +139,22 @@ class Trainer:
         with DeferredSignals() as self._signals:
             if self.save_every and self.recorder and not (self.recorder.directory / CHECKPOINT).exists():
                 self._save_within()
-            self._run(stop)
+            return self._run(stop)
 
-    def _run(self, stop: Stop) -> None:
-        steps_left = stop.max_steps if stop.max_steps is not None else math.inf
-        while self.progress.epoch < stop.epochs and steps_left > 0:
+    def _run(self, stop: Stop) -> int:
+        limit = stop.max_steps if stop.max_steps is not None else math.inf
+        taken = 0
+        while self.progress.epoch < stop.epochs and taken < limit:
             epoch, first_step = self.progress.epoch, self.progress.step
             self.schedule.epoch_begin(epoch, self.model)
             start = time.perf_counter()
-            self._train_epoch(steps_left)
+            self._train_epoch(limit - taken)
             whole = self.progress.step == len(self.batches)
             lagging = self._flush(keep=not whole)
             train_time_s = time.perf_counter() - start
             done = self.progress.step
             average_loss = self.progress.loss_sum / self.batches.samples_in(0, done)
-            steps_left -= done - first_step
+            taken += done - first_step
 
             start = time.perf_counter()
             metrics = self._evaluate(lagging)
@@ -170,9 +174,10 @@ class Trainer:
             )
             if stop.threshold is not None and hr >= stop.threshold:
                 log.info("HR@%d reached the threshold of %g", self.cutoffs[0], stop.threshold)
-                return
+                break
             if self._asked_to_stop():
                 self._stop()
+        return taken
 
     def _train_epoch(self, max_steps: float) -> None:
         """Take the epoch's remaining steps, ``max_steps`` at most."""

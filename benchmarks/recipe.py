@@ -37,12 +37,12 @@ def execute(*command: object) -> str:
     return done.stdout
 
 
-def converted(data: Path, out: Path) -> Path:
+def converted(data: Path, out: Path, nb_negatives: int = 999) -> Path:
     """The directory of the split: ``data`` itself, or what convert.py makes of it."""
     if data.is_dir():
         return data
     directory = out / "split"
-    execute("convert.py", data, directory, "--negatives", 999)
+    execute("convert.py", data, directory, "--negatives", nb_negatives)
     return directory
 
 

@@ -137,12 +137,22 @@ FLAGS_OUT_OF_RANGE = [
     (["-l", "inf"], "--learning-rate"),
     (["-k", "0"], "--topk"),
     (["-k", "42"], "--topk"),  # of 41 candidates
-    (["-f", "0"], "--factors"),
+    (["-f", "0", "--layers", "0"], "--factors"),
     (["-f", "-4"], "--factors"),
     (["--layers", "7", "4"], "--layers"),
     (["--layers", "0", "4"], "--layers"),
+    (["--layers", "4"], "--layers"),
     (["--layers", "8", "0"], "--layers"),
     (["--layers", "8", "4", "-2"], "--layers"),
+    (["--split-final", "-f", "0"], "--split-final"),
+    (["--pretrain", "0"], "--pretrain"),
+    (["--pretrain", "few"], "--pretrain"),
+    (["--pretrain-rate", "0.1"], "--pretrain"),
+    (["--pretrain", "--pretrain-rate", "0"], "--pretrain-rate"),
+    (["--pretrain", "--pretrain-rate", "nan"], "--pretrain-rate"),
+    (["--pretrain", "-f", "0"], "--pretrain"),
+    (["--pretrain", "--layers", "0"], "--pretrain"),
+    (["--compress", "ncf_qat.yaml", "--layers", "0"], "--compress"),
     (["-n", "0"], "--negative-samples"),
     (["-n", "-1"], "--negative-samples"),
     (["-e", "-1"], "--epochs"),
@@ -759,7 +769,7 @@ OTHERS = [
     *("--eval-fp16", "--resume", "--overwrite", "--max-steps", "--qe-stats-out", "--calibrate-on"),
     *("--qe-bits-accum", "--qe-clip-n-stds", "--qe-save-fp-weights", "--qe-stats-file", "--qe-dynamic"),
     *("--qe-calibration", "--qe-config-file", "--qe-engine", "--qe-scaled-concat", "--qe-embedding-bits"),
-    *("--qe-report", "--qe-per-channel-acts"),
+    *("--qe-report", "--qe-per-channel-acts", "--pretrain", "--pretrain-rate"),
 ]
 
 

@@ -173,7 +173,7 @@ def test_processes_train_what_one_trains_on_real_data(convert, tmp_path):
     assert largest_difference(one, two) < 1e-12
 
 
-@pytest.mark.parametrize("flags", [[], ["--optimizer", "adam", "--split-final"]])
+@pytest.mark.parametrize("flags", [[], ["--optimizer", "adam", "--split-final"], ["--pretrain", "1"]])
 def test_torchrun_gives_the_weights_and_figures_of_one_process(ncf, split_dir, tmp_path, flags):
     """From the command line, in float32; one of them prints and writes."""
     one = ncf(split_dir, *TRAIN, *flags, "-o", tmp_path / "one")

@@ -16,10 +16,13 @@ from conftest import Outcome, call, run_ncf
 from torch.distributed.run import get_args_parser
 
 import baselines
+import compare
 import convert
+import export
 import plot
+import recommend
 import synthetic
-from benchmarks import evaluation, precision, table, training
+from benchmarks import evaluation, precision, pretraining, table, training
 from benchmarks.table import figures_in, markdown
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
@@ -286,8 +289,12 @@ def known_flags() -> dict[str, set[str]]:
         "synthetic.py": flags_of(lambda: synthetic.parse_arguments(None)),
         "baselines.py": flags_of(baselines.parse_args),
         "plot.py": flags_of(plot.parse_args),
+        "compare.py": flags_of(compare.parse_args),
+        "recommend.py": flags_of(recommend.parse_args),
+        "export.py": flags_of(export.parse_args),
         "benchmarks.table": flags_of(table.parse_args),
         "benchmarks.precision": flags_of(precision.parse_args),
+        "benchmarks.pretraining": flags_of(pretraining.parse_args),
         "benchmarks.training": flags_of(training.parse_args),
         "benchmarks.evaluation": flags_of(evaluation.parse_args),
         "torchrun": flags_of(lambda: get_args_parser().parse_args()),

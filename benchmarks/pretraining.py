@@ -1,0 +1,161 @@
+"""What pre-training gains: GMF and MLP alone, joined, and trained on, over several seeds.
+
+    python -m benchmarks.pretraining ratings.csv|DIRECTORY [--seeds 1 2 3] ...
+
+Everything goes through ncf.py as a user would type it; each command is shown as it is run. A directory of ratings is
+a split with 99 negatives for the published figures. A run that is already in --out is used, and trained to its end
+where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import recipe
+from benchmarks.machine import machine
+from dataset import Split, described, load_split
+from distiller.checkpoint import load_checkpoint
+from distiller.cli import InputError, run
+from distiller.tables import markdown_table
+from recording import CHECKPOINT, CONFIG, LOG, RESULTS
+
+JOINED = re.compile(r"Joined: HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")
+HEADER = ("Model", "HR@10", "NDCG@10", "epochs", "training, s")
+SETTINGS = (
+    *("epochs", "factors", "layers", "batch_size", "negative_samples", "learning_rate"),
+    *("pretrain", "pretrain_rate"),
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a stage came to.
+
+    Attributes:
+        hr: HR@10 in percent.
+        ndcg: NDCG@10 likewise.
+        epochs: It was trained for; None where it was not.
+        train_time_s: Of these epochs, without evaluations.
+    """
+
+    hr: float
+    ndcg: float
+    epochs: int | None = None
+    train_time_s: float = 0.0
+
+
+def words(split: Path, out: Path, seed: int, args: argparse.Namespace) -> list[object]:
+    """What trains a seed's model, after ``ncf.py``."""
+    rates = ["-l", args.learning_rate, "-e", args.epochs]
+    branches = ["--pretrain", args.pretrain, "--pretrain-rate", args.pretrain_rate]
+    samples = ["-n", args.negative_samples]
+    common = recipe.common_flags(split, seed, args)
+    return [*common, *samples, *branches, *rates, "--overwrite", "-o", out]
+
+
+def train(split: Path, out: Path, seed: int, args: argparse.Namespace) -> None:
+    """Train a seed's model, or finish its training, unless that is done.
+
+    Raises:
+        InputError: what is there is the run of another table.
+    """
+    if args.overwrite or not (out / CONFIG).exists():
+        recipe.execute("ncf.py", *words(split, out, seed, args))
+        return
+    config = json.loads((out / CONFIG).read_text())
+    for key, value in {"seed": seed, **{key: getattr(args, key) for key in SETTINGS}}.items():
+        if config.get(key) != value:
+            raise InputError(
+                f"--out: {out} has {key} {config.get(key)}, not {value}: --overwrite trains anew"
+            )
+    last = out / CHECKPOINT
+    if not last.exists() or load_checkpoint(last)["progress"]["epoch"] < args.epochs:
+        recipe.execute("ncf.py", split, "--resume", "-o", out)
+
+
+def figures_of(out: Path) -> dict[str, Figures]:
+    """The figures of a seed's run, by model: a branch's are those of its end, the whole one's of its best epoch."""
+    joined = JOINED.search((out / LOG).read_text())
+    hr, ndcg = (100 * float(figure) for figure in joined.groups())
+    return {
+        "GMF": figures_of_rows(results(out / "gmf")[-1:], results(out / "gmf")),
+        "MLP": figures_of_rows(results(out / "mlp")[-1:], results(out / "mlp")),
+        "joined": Figures(hr, ndcg),
+        "NeuMF": figures_of_rows(results(out), results(out)),
+    }
+
+
+def results(directory: Path) -> list[dict[str, float]]:
+    """A run's results, a row for each epoch or part of one."""
+    with open(directory / RESULTS, newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def figures_of_rows(choice: list[dict[str, float]], trained: list[dict[str, float]]) -> Figures:
+    """The figures of the row with the highest HR among ``choice``, and what all rows took."""
+    best = max(choice, key=lambda row: row["hr@10"])
+    seconds = sum(row["train_time_s"] for row in trained)
+    return Figures(100 * best["hr@10"], 100 * best["ndcg@10"], int(trained[-1]["epoch"]) + 1, seconds)
+
+
+def markdown(figures: list[dict[str, Figures]]) -> str:
+    """The table: means over seeds, with standard deviations where there are several."""
+    rows = []
+    for model in figures[0]:
+        of_seeds = [of_seed[model] for of_seed in figures]
+        epochs = of_seeds[0].epochs
+        rows.append(
+            (
+                model,
+                recipe.over_seeds([each.hr for each in of_seeds]),
+                recipe.over_seeds([each.ndcg for each in of_seeds]),
+                "" if epochs is None else str(epochs),
+                "" if epochs is None else recipe.over_seeds([each.train_time_s for each in of_seeds]),
+            )
+        )
+    return markdown_table(HEADER, rows)
+
+
+def protocol(split: Split, args: argparse.Namespace) -> str:
+    """What the figures mean and how they came about."""
+    spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
+    return (
+        f"{described(split)} Layers {' '.join(map(str, args.layers))}, {args.factors} factors, batch "
+        f"{args.batch_size}, {args.negative_samples} training negatives; GMF and MLP "
+        f"at rate {args.pretrain_rate}, NeuMF at {args.learning_rate}, the best of its epochs by HR@10 of the test "
+        f"item; seeds {' '.join(map(str, args.seeds))}{spread}. {machine()}."
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = recipe.build_parser(
+        "pretraining.py", __doc__.split("\n\n")[0], "run/pretraining", [1, 2, 3], epochs=3
+    )
+    add = parser.add_argument
+    add("--pretrain", type=int, default=10, help="epochs of each branch (default: %(default)s)")
+    add("--pretrain-rate", type=float, default=0.001, help="(default: %(default)s)")
+    add("--negative-samples", type=int, default=4, help="(default: %(default)s)")
+    parser.set_defaults(learning_rate=0.0001)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    split = recipe.converted(args.data, args.out, nb_negatives=99)
+    figures = []
+    for seed in args.seeds:
+        out = args.out / f"seed-{seed}"
+        train(split, out, seed, args)
+        figures.append(figures_of(out))
+    print(f"{markdown(figures)}\n\n{protocol(load_split(split), args)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run("pretraining.py", main))
