@@ -22,7 +22,7 @@ from benchmarks.machine import machine
 from dataset import Split, load_split
 from distiller.cli import ArgumentParser, InputError, run
 from distiller.tables import markdown_table
-from evaluation import first_places, metrics_of_ranks, rank_last, score_candidates, users_per_block
+from evaluation import metrics_of_ranks, place_last, score_sampled, users_per_block
 from export import ALIKE
 from exported import OnnxScorer, require_onnx
 from saved import load_saved
@@ -83,17 +83,16 @@ class Scored:
 
 def scored(scorer: Scorer, split: Split) -> Iterator[Scored]:
     """Score all users' candidates, block by block. Items that repeat count once, at their first place."""
-    blocks = score_candidates(scorer, split, range(split.nb_users))
+    blocks = score_sampled(scorer, split, range(split.nb_users))
     start = time.perf_counter()
-    for items, scores in blocks:
+    for candidates in blocks:
         seconds = time.perf_counter() - start
-        ordered, places = scores.masked_fill(~first_places(items), -1.0).sort(
-            dim=1, descending=True, stable=True
-        )
+        places = place_last(candidates, TOP)
+        ordered = candidates.scores.masked_fill(~candidates.counted, -1.0).sort(dim=1, descending=True).values
         yield Scored(
-            rank_last(items, scores),
-            scores,
-            items.gather(1, places[:, :TOP]),
+            places.ranks,
+            candidates.scores,
+            places.best,
             (ordered[:, TOP - 1] == ordered[:, TOP]) & (ordered[:, TOP] >= 0),
             1 + ((ordered.diff(dim=1) != 0) & (ordered[:, 1:] >= 0)).sum(1),
             seconds,

@@ -18,7 +18,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An ``argparse.ArgumentParser`` whose errors are one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(_failed(self.prog, message))
 
 
 def run(prog: str, main: Callable[[], None]) -> int:

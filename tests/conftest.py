@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -84,6 +85,14 @@ def run_ncf(*arguments: object) -> Outcome:
 def run_convert(*arguments: object) -> Outcome:
     """``convert.py`` in this process."""
     return call("convert.py", convert.main, arguments)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> Iterator[None]:
+    """Processes and tests hear SIGINT also where pytest runs in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(name="ncf")

@@ -74,14 +74,6 @@ def at_step(monkeypatch, number: int, act) -> None:
     monkeypatch.setattr(step.Step, "__call__", counted)
 
 
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Also where the tests run in a shell's background, which ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def whole(ncf, split_dir) -> str:
     """A run of three epochs that nothing stopped."""
@@ -153,7 +145,7 @@ def test_sigterm_elsewhere_cleans_up(ncf, split_dir, checkpoint, monkeypatch):
         with atomic_write("half"):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("ncf.rank_test_items", interrupted)
+    monkeypatch.setattr("testing.place_test_items", interrupted)
     outcome = ncf(split_dir, "--load", checkpoint, "--evaluate", "-o", "out")
     assert (outcome.code, outcome.err.split("\n")[-2]) == (143, "ncf.py: terminated")
     assert {path.name for path in Path(".").iterdir()} == {"out"}

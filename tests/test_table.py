@@ -301,15 +301,19 @@ def known_flags() -> dict[str, set[str]]:
     }
 
 
-def test_command_lines_of_the_readme_parse():
+def test_command_lines_of_the_readme_parse(tmp_path, monkeypatch):
     """With flags written out in full, in range and not at odds with each other; the files they read are there."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()  # which earlier lines have made
     lines = command_lines((ROOT / "README.md").read_text(), "python ncf.py ")
     assert len(lines) >= 5
     known = known_flags()["ncf.py"]
+    statistics = {None} | {path.name for path in ROOT.glob("*.yaml")}
     for words in lines:
         assert long_flags(words) <= known, words
         args = parse_args(words)
-        assert args.qe_stats_file is None or (ROOT / args.qe_stats_file).is_file()
+        assert args.qe_stats_file in statistics
+        statistics.add(args.qe_stats_out)
 
 
 def test_flags_in_the_readme_exist():
@@ -326,6 +330,9 @@ def test_flags_in_quotes_in_the_readme_take_what_they_say():
     found = re.findall(r"`(--\S+) (\w+(?:\|\w+)+)`", text)
     assert found
     for flag, values in found:
+        if flag == "--format":
+            assert set(values.split("|")) <= set(export.FORMATS.values())
+            continue
         for value in values.split("|"):
             extra = ["--qe-clip-n-stds", "2"] if value == "n_std" else []
             build_parser().parse_args(["data", flag, value, *extra])
