@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 		--epochs 10 --factors 16 --layers 64 32 16 --batch-size 1024 --learning-rate 0.002
 
 test: $(VENV)/tests-installed lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 
 lint: $(VENV)/tests-installed
 	$(BIN)/ruff check .

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 import recording
-from benchmarks.machine import processor
 from dataset import Split
 from distiller.cli import InputError
 from distiller.files import atomic_write, file_digest
 from evaluation import Places, values_of_ranks
+from machine import processor
 from significance import bootstrap_interval_of_few
 
 FORMAT, VERSION = "neumf-evaluation", 1

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.machine import machine
 from benchmarks.training import SIZES, finish, new_model, random_split
 from dataset import Split, load_split
 from distiller.calibration import collect_quant_stats
 from distiller.cli import ArgumentParser, InputError, run
 from distiller.quantization import PostTrainLinearQuantizer
 from evaluation import evaluate, score_all
+from machine import machine
 from neumf_int8 import IntegerNeuMF
 from scoring import FactoredScorer, PairScorer, Scorer
 from step import why_not_compiled

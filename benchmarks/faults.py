@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine
 from benchmarks.recipe import ROOT, execute
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import ArgumentParser, InputError, run
+from machine import machine
 from recording import BEST, CHECKPOINT, RESULTS
 
 RATINGS = ["--users", 60, "--items", 80, "--ratings", 2000, "--seed", 7]

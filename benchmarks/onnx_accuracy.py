@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.machine import machine
 from dataset import Split, load_split
 from distiller.cli import ArgumentParser, InputError, run
 from distiller.tables import markdown_table
 from evaluation import metrics_of_ranks, place_last, score_sampled, users_per_block
 from export import ALIKE
 from exported import OnnxScorer, require_onnx
+from machine import machine
 from saved import load_saved
 from scoring import Scorer
 

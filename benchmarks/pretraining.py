@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import recipe
-from benchmarks.machine import machine
 from dataset import Split, described, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError, run
 from distiller.tables import markdown_table
+from machine import machine
 from recording import CHECKPOINT, CONFIG, LOG, RESULTS
 
 JOINED = re.compile(r"Joined: HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.machine import machine
 from dataset import Split, described, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import ArgumentParser, InputError
+from machine import machine
 from recording import BEST, CHECKPOINT, CONFIG
 
 ROOT = Path(__file__).resolve().parent.parent

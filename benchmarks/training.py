@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import machine
 from dataset import Split, id_dtype, load_split
 from distiller.cli import ArgumentParser, InputError, run
+from machine import machine
 from neumf import NeuMF
 from optim import DENSE_STEPS, LazyAdam
 from sampling import Batch, TrainingBatches

@@ -1014,8 +1014,8 @@ def test_overwriting_a_run_removes_its_quantized_model(ncf, split_dir, quantize_
 @pytest.mark.parametrize("flags", [["--evaluate"], ["--quantize-eval", "--qe-dynamic"], ["--eval-fp16"]])
 def test_nothing_is_compiled_in_vain(ncf, split_dir, checkpoint, monkeypatch, flags):
     """What is not compiled does not ask for a compiler."""
-    monkeypatch.setattr(script, "PAIRS_WORTH_COMPILING", 1)
-    monkeypatch.setattr(script, "why_not_compiled", lambda device: "no compiler")
+    monkeypatch.setattr("evaluating.PAIRS_WORTH_COMPILING", 1)
+    monkeypatch.setattr("devices.why_not_compiled", lambda device: "no compiler")
     outcome = ncf(split_dir, "--load", checkpoint, *flags, "-o", "a")
     assert outcome.code == 0
     assert ("no compiler" in outcome.out) == ("--qe-dynamic" in flags)
@@ -1445,7 +1445,7 @@ def test_precision_is_printed_and_recorded(ncf, split_dir, precision):
 @pytest.mark.parametrize("native", [True, False])
 def test_default_precision_is_what_the_processor_has(ncf, split_dir, monkeypatch, native):
     """bf16 natively, else fp32; and it makes a difference."""
-    monkeypatch.setattr(script, "native_bf16", lambda device: native)
+    monkeypatch.setattr("devices.native_bf16", lambda device: native)
     assert ncf(split_dir, *TRAIN, "-e", 1, "-o", "default").code == 0
     for precision in ("fp32", "bf16"):
         assert ncf(split_dir, *TRAIN, "-e", 1, "--precision", precision, "-o", precision).code == 0

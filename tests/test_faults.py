@@ -145,7 +145,7 @@ def test_sigterm_elsewhere_cleans_up(ncf, split_dir, checkpoint, monkeypatch):
         with atomic_write("half"):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("testing.place_test_items", interrupted)
+    monkeypatch.setattr("evaluating.place_test_items", interrupted)
     outcome = ncf(split_dir, "--load", checkpoint, "--evaluate", "-o", "out")
     assert (outcome.code, outcome.err.split("\n")[-2]) == (143, "ncf.py: terminated")
     assert {path.name for path in Path(".").iterdir()} == {"out"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,6 +23,8 @@ from evaluation import evaluate
 from neumf import NeuMF, sizes_from_state_dict, with_final_layer
 from pretraining import ALPHA, joined_weights
 from scoring import PairScorer, float_scorer
+from step import Step
+from training import Trainer
 
 pytestmark = pytest.mark.usefixtures("in_empty_directory")
 
@@ -233,13 +236,13 @@ def test_every_stage_leaves_a_run(pretrained):
 def test_joined_run_begins_with_both_branches(split_dir, pretrained, monkeypatch, train):
     """What is trained on is the sum of the two, and its metrics are printed first."""
     begun = []
-    take = program.Trainer.run
+    take = Trainer.run
 
     def remember(self, stop):
         begun.append({key: tensor.clone() for key, tensor in self.model.state_dict().items()})
         return take(self, stop)
 
-    monkeypatch.setattr(program.Trainer, "run", remember)
+    monkeypatch.setattr(Trainer, "run", remember)
     out = train(*PRETRAIN, "-o", "run")
     gmf, mlp = (
         load_checkpoint(f"run/{branch}/checkpoint.pth.tar")["state_dict"] for branch in ("gmf", "mlp")
@@ -334,6 +337,36 @@ def test_overwriting_begins_with_the_branches(train, pretrained):
     train(*PRETRAIN, "-s", 2, "-o", "fresh")
     first, second = (load_checkpoint(f"{name}/checkpoint.pth.tar")["state_dict"] for name in ("run", "fresh"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("at", [5, STEPS + 5, 2 * STEPS + 5, 4 * STEPS + 5])
+def test_signal_in_any_stage_is_gone_on_from(ncf, split_dir, pretrained, monkeypatch, train, at):
+    """In GMF's training, its second epoch, the MLP's training, the joined one: to the same last weights."""
+    taken, take = [], Step.__call__
+
+    def interrupted(self, batch):
+        taken.append(None)
+        if len(taken) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return take(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "__call__", interrupted)
+        assert ncf(split_dir, *PRETRAIN, "-o", "run").code == 143
+    train("--resume", "-o", "run")
+    weights = [load_checkpoint(Path(run) / "checkpoint.pth.tar")["state_dict"] for run in ("run", pretrained)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
+def test_validated_branches_never_see_the_test_items(train):
+    """The branches hold the validation items out too; the joined run's best epoch alone is tested, once."""
+    out = train(*PRETRAIN, "--validate", "--report", "report.json", "-o", "run")
+    assert out.count("Test, by epoch") == 1
+    assert out.index("Joined: ") < out.index("Test, by epoch")
+    for stage in ("gmf", "mlp", "."):
+        assert json.loads(Path("run", stage, "config.json").read_text())["validate"] is True
+    assert not list(Path("run/gmf").glob("ranks*")) + list(Path("run/mlp").glob("ranks*"))
+    assert json.loads(Path("report.json").read_text())["model"]["validate"] is True
 
 
 def test_threshold_and_schedule_are_the_joined_runs(train):

@@ -1,0 +1,197 @@
+"""``ncf.py`` without ``--evaluate``: a training run as the flags ask, from its start to its end."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import neumf
+import pretraining
+import recording
+from dataset import Split
+from devices import choose_compilation, choose_precision
+from distiller.cli import InputError
+from distiller.quantization.train_aware import without_ranges
+from distiller.schedule import CompressionSchedule, load_schedule
+from evaluating import evaluate_best, warn_of_validation_items
+from evaluation import describe, metrics_of_ranks, rank_test_items
+from neumf import NeuMF
+from optim import LazyAdam
+from processes import Processes
+from sampling import TrainingBatches
+from scoring import float_scorer
+from starting import bind, check_schedule, check_start, initial_model, meta_model, restore, restore_lagging
+from step import Step
+from training import Progress, Stop, Trainer
+from validation import validation_split
+
+log = logging.getLogger("ncf")
+
+
+def train_whole(
+    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
+) -> None:
+    """Train as the flags ask, the branches before the whole model; then evaluate what ``--validate`` chose."""
+    if args.pretrain and not pretrain(args, split, device, processes, directory):
+        return
+    train(args, split, device, processes, directory)
+    if args.validate:
+        evaluate_best(args, split, device, processes, directory)
+
+
+def pretrain(
+    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
+) -> bool:
+    """Train both branches alone, or what is left of it in a run to resume; whether they are done."""
+    if not args.resume:
+        begin_pretraining(args, split, processes, directory)
+    if args.resume and (Path(args.out_dir) / recording.CHECKPOINT).exists():
+        return True  # they have been joined
+    train_branch = partial(train, split=split, device=device, processes=processes)
+    if not pretraining.train_branches(args, train_branch, processes.first):
+        return False
+    processes.agree(None)  # the first one has written what all read
+    args.resume, args.overwrite = False, True  # the directory holds nothing but the settings
+    return True
+
+
+def begin_pretraining(args: Namespace, split: Split, processes: Processes, directory: Path | None) -> None:
+    """Write a run's settings, for ``--resume`` before there is a checkpoint of the whole."""
+    branches = [pretraining.branch_args(args, branch) for branch in pretraining.BRANCHES if args.out_dir]
+    for part in (args, *branches):
+        check_start(part, processes)
+    check_schedule(schedule_of(args, processes), meta_model(args, split))
+    processes.agree(None)  # no file changes before all have looked
+    if directory is not None:
+        for part in (directory, *(directory / branch for branch in pretraining.BRANCHES)):
+            recording.clear_run(part)
+        recording.write_config(directory, settings(args))
+        args.out_dir = str(directory)
+    args.out_dir = processes.agree(args.out_dir)
+
+
+def train(
+    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
+) -> int:
+    """Train, from new weights, from joined branches, from ``--load``, or from where the run to resume stands.
+
+    Returns:
+        The steps taken.
+    """
+    start = check_start(args, processes)
+    schedule = schedule_of(args, processes)
+    args.precision = choose_precision(args, device, schedule)
+    model, checkpoint = initial_model(args, start, split, schedule)
+    optimizer = build_optimizer(args, model.to(device))
+    progress = Progress()
+    if checkpoint and not args.reset_optimizer:
+        progress = restore(optimizer, checkpoint, split, args, start)
+    bind(schedule, optimizer, checkpoint, args)
+    if checkpoint and not args.reset_optimizer:
+        restore_lagging(optimizer, checkpoint, start)
+    if progress.epoch >= args.epochs:
+        raise InputError(f"-e/--epochs: {start} already has {progress.epoch} epochs, {args.epochs} asked for")
+
+    seen = split
+    if args.validate:
+        seen = validation_split(split, args.data)
+        warn_of_validation_items(checkpoint, start)
+    batches = TrainingBatches(seen, args.batch_size, args.negative_samples, args.seed, device, processes)
+    if not 0 <= progress.step <= len(batches):
+        raise InputError(f"{start}: step {progress.step} of an epoch of {len(batches)}")
+    processes.agree(None)  # no file changes before all have read
+    with open_recorder(args, device, directory, progress, batches) as recorder:
+        compiled = choose_compilation(args, device)
+        log.info(
+            "Training with %s, %s matrix products, %s, on %s",
+            *(args.optimizer, args.precision, "compiled" if compiled else "not compiled", device),
+        )
+        config = resolved_config(args, split, device, model) | {"compiled": compiled}
+        if recorder is not None:
+            recording.write_config(recorder.directory, config)
+        if args.pretrain and start is None:
+            ranks = rank_test_items(
+                float_scorer(model), seen, args.topk, device, processes, ranking=args.ranking
+            )
+            log.info("Joined: %s", describe([metrics_of_ranks(ranks, k) for k in args.cutoffs]))
+        trainer = Trainer(
+            Step(model, optimizer, args.precision, compiled, processes),
+            batches,
+            seen,
+            recorder,
+            config,
+            cutoffs=args.cutoffs,
+            ranking=args.ranking,
+            schedule=schedule,
+            log_freq=args.log_freq,
+            device=device,
+            progress=progress,
+            save_every=args.save_every or 0,
+        )
+        return trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+
+
+def schedule_of(args: Namespace, processes: Processes) -> CompressionSchedule:
+    """What ``--compress`` asks for; an ``InputError`` for what these processes, or this machine, cannot do."""
+    if args.param_hist:
+        recording.require_matplotlib("--param-hist")
+    schedule = load_schedule(args.compress) if args.compress else CompressionSchedule()
+    if schedule.quantizer is not None and processes.world_size > 1:
+        raise InputError(
+            "--compress: quantization-aware training is for one process, which tracks the ranges"
+        )
+    return schedule
+
+
+def build_optimizer(args: Namespace, model: NeuMF) -> torch.optim.Adam:
+    """The optimizer asked for, over all of the model's parameters."""
+    if args.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=True)
+    return LazyAdam(model.parameters(), model.tables(), lr=args.learning_rate)
+
+
+def open_recorder(
+    args: Namespace,
+    device: torch.device,
+    directory: Path | None,
+    progress: Progress,
+    batches: TrainingBatches,
+) -> AbstractContextManager[recording.Recorder | None]:
+    """What records the run in its directory, in the first process; None in the others, which have none."""
+    if directory is None:
+        return nullcontext()
+    if args.resume:
+        recording.drop_results_after(directory, progress.epoch, progress.step)
+    elif not args.pretrain:  # which has cleared it, and resumes by its settings
+        recording.clear_run(directory)
+    recording.start_log(directory, device)
+    done = progress.epoch * len(batches) + progress.step
+    return recording.Recorder(directory, pictures=args.param_hist, step=done if args.resume else 0)
+
+
+def resolved_config(args: Namespace, split: Split, device: torch.device, model: NeuMF) -> dict[str, Any]:
+    """Every setting as it was in the end: what ``config.json`` and checkpoints record."""
+    sizes = neumf.sizes_from_state_dict(without_ranges(model.state_dict()))
+    return settings(args) | {
+        "factors": sizes["mf_dim"],
+        "layers": sizes["mlp_layer_sizes"],
+        "nb_users": split.nb_users,
+        "nb_items": split.nb_items,
+        "data_digest": split.digest,
+        "device": str(device),
+        "torch": str(torch.__version__),
+        "command": recording.command_line(),
+    }
+
+
+def settings(args: Namespace) -> dict[str, Any]:
+    """The flags, as JSON can hold them."""
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del config["given"]
+    return config
