@@ -88,6 +88,14 @@ def add_training_flags(add: AddArgument) -> None:
         help="of Adam (default: that of a checkpoint's optimizer, else %(default)s)",
     )
     add(
+        "--l2",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="add WEIGHT times the squares of its embeddings to each sample's loss, GMF's times the final layer's "
+        "absolute weights (default: %(default)s)",
+    )
+    add(
         "--optimizer",
         choices=["lazy-adam", "adam"],
         default="lazy-adam",
@@ -331,6 +339,8 @@ def check_args(args: Namespace) -> None:
     for flag, rate in (("-l/--learning-rate", args.learning_rate), ("--pretrain-rate", args.pretrain_rate)):
         if not 0 < rate < math.inf:
             raise InputError(f"{flag} must be above 0, not {rate}")
+    if not 0 <= args.l2 < math.inf:
+        raise InputError(f"--l2 must be at least 0, not {args.l2}")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise InputError(f"-t/--threshold must be above 0 and at most 1, not {args.threshold}")
     if len(set(args.cutoffs)) < len(args.cutoffs):
@@ -371,6 +381,7 @@ def check_combination(args: Namespace) -> None:
             "param_hist",
             "validate",
             "pretrain",
+            "l2",
         ):
             if name in args.given:
                 raise InputError(f"--{name.replace('_', '-')} is for training, which {asked[0]} does not do")

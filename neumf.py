@@ -106,6 +106,17 @@ class NeuMF(nn.Module):
             return self.final_add(self.final_mf(mf), self.final_mlp(hidden))
         return self.final(self.final_concat(mf, hidden))
 
+    def squared_norms(self, mf_user: Tensor, mf_item: Tensor, mlp_user: Tensor, mlp_item: Tensor) -> Tensor:
+        """The squares of pairs' embeddings (N, F) and (N, L_0 / 2), summed: (N,).
+
+        Those of the matrix factorization count |h| times, by the final layer's weight h of their factor. Scaling the
+        embeddings by s and h by 1 / s^2, which changes no score, then changes no norm either: a penalty on embeddings
+        alone is evaded by a growing h.
+        """
+        h = (self.final_mf if self.split_final else self.final).weight[0, : mf_user.shape[1]].abs()
+        mlp = mlp_user.square().sum(dim=1) + mlp_item.square().sum(dim=1)
+        return (mf_user.square() + mf_item.square()) @ h + mlp
+
     def tables(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The embedding tables of users, (U, F) and (U, L_0 / 2), and those of items."""
         return (

@@ -121,7 +121,7 @@ def train(
             )
             log.info("Joined: %s", describe([metrics_of_ranks(ranks, k) for k in args.cutoffs]))
         trainer = Trainer(
-            Step(model, optimizer, args.precision, compiled, processes),
+            Step(model, optimizer, args.precision, compiled, processes, args.l2),
             batches,
             seen,
             recorder,

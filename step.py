@@ -52,6 +52,8 @@ class Step:
             their gradients and the optimizer's state stay as they are.
         compiled: Compute with ``torch.compile``.
         processes: That share each batch.
+        l2: What a sample's ``NeuMF.squared_norms`` count in its loss: a penalty on the rows that a batch touches, as
+            often as it does.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Step:
         precision: str = "fp32",
         compiled: bool = False,
         processes: Processes | None = None,
+        l2: float = 0.0,
     ):
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
         self.processes = processes or Processes()
+        self.l2 = l2
         self._loss = self._mean_loss if not isinstance(optimizer, LazyAdam) else self._mean_loss_of_rows
         if compiled:
             self._loss = torch.compile(self._loss, dynamic=False, fullgraph=True)
@@ -160,13 +164,16 @@ class Step:
         labels: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """Binary cross-entropy on logits, this process's part of the mean."""
+        """Binary cross-entropy on logits and the penalty on embeddings, this process's part of the mean."""
         bf16 = self.precision == "bf16"
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             logits = self.model.score(mf_user, mf_item, mlp_user, mlp_item)
         # bfloat16 logits back to what the loss is computed in, and labels to the same.
         logits, labels = logits.squeeze(1).to(mf_user.dtype), labels.to(mf_user.dtype)
-        return (F.binary_cross_entropy_with_logits(logits, labels, reduction="none") * weights).sum()
+        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        if self.l2:
+            loss = loss + self.l2 * self.model.squared_norms(mf_user, mf_item, mlp_user, mlp_item)
+        return (loss * weights).sum()
 
 
 def gradient_of_rows(gradients: Tensor, ids: Distinct) -> Tensor:

@@ -29,7 +29,7 @@ JOINED = re.compile(r"Joined: HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")
 HEADER = ("Model", "HR@10", "NDCG@10", "epochs", "training, s")
 SETTINGS = (
     *("epochs", "factors", "layers", "batch_size", "negative_samples", "learning_rate"),
-    *("pretrain", "pretrain_rate"),
+    *("pretrain", "pretrain_rate", "l2"),
 )
 
 
@@ -54,7 +54,7 @@ def words(split: Path, out: Path, seed: int, args: argparse.Namespace) -> list[o
     """What trains a seed's model, after ``ncf.py``."""
     rates = ["-l", args.learning_rate, "-e", args.epochs]
     branches = ["--pretrain", args.pretrain, "--pretrain-rate", args.pretrain_rate]
-    samples = ["-n", args.negative_samples]
+    samples = ["-n", args.negative_samples, "--l2", args.l2]
     common = recipe.common_flags(split, seed, args)
     return [*common, *samples, *branches, *rates, "--overwrite", "-o", out]
 
@@ -127,7 +127,7 @@ def protocol(split: Split, args: argparse.Namespace) -> str:
     spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
     return (
         f"{described(split)} Layers {' '.join(map(str, args.layers))}, {args.factors} factors, batch "
-        f"{args.batch_size}, {args.negative_samples} training negatives; GMF and MLP "
+        f"{args.batch_size}, {args.negative_samples} training negatives, L2 {args.l2}; GMF and MLP "
         f"at rate {args.pretrain_rate}, NeuMF at {args.learning_rate}, the best of its epochs by HR@10 of the test "
         f"item; seeds {' '.join(map(str, args.seeds))}{spread}. {machine()}."
     )
@@ -141,6 +141,7 @@ def parse_args() -> argparse.Namespace:
     add("--pretrain", type=int, default=10, help="epochs of each branch (default: %(default)s)")
     add("--pretrain-rate", type=float, default=0.001, help="(default: %(default)s)")
     add("--negative-samples", type=int, default=4, help="(default: %(default)s)")
+    add("--l2", type=float, default=0.0, help="(default: %(default)s)")
     parser.set_defaults(learning_rate=0.0001)
     return parser.parse_args()
 

@@ -135,6 +135,8 @@ FLAGS_OUT_OF_RANGE = [
     (["-l", "0"], "--learning-rate"),
     (["-l", "nan"], "--learning-rate"),
     (["-l", "inf"], "--learning-rate"),
+    (["--l2", "-0.1"], "--l2"),
+    (["--l2", "inf"], "--l2"),
     (["-k", "0"], "--topk"),
     (["-k", "42"], "--topk"),  # of 41 candidates
     (["-f", "0", "--layers", "0"], "--factors"),
@@ -769,7 +771,7 @@ OTHERS = [
     *("--eval-fp16", "--resume", "--overwrite", "--max-steps", "--qe-stats-out", "--calibrate-on"),
     *("--qe-bits-accum", "--qe-clip-n-stds", "--qe-save-fp-weights", "--qe-stats-file", "--qe-dynamic"),
     *("--qe-calibration", "--qe-config-file", "--qe-engine", "--qe-scaled-concat", "--qe-embedding-bits"),
-    *("--qe-report", "--qe-per-channel-acts", "--pretrain", "--pretrain-rate"),
+    *("--qe-report", "--qe-per-channel-acts", "--pretrain", "--pretrain-rate", "--l2"),
 ]
 
 

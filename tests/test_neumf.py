@@ -323,6 +323,21 @@ def test_weights_of_both_kinds_or_more_are_refused():
         sizes_from_state_dict(make().state_dict() | {"mlp.5.weight": torch.zeros(2, 2)})
 
 
+@pytest.mark.parametrize("split_final", [False, True])
+def test_squared_norms(split_final):
+    """Worked out; and as they were where embeddings grow and the final layer shrinks."""
+    model = NeuMF(2, 2, 2, [2, 1], split_final)
+    final = model.final_mf if split_final else model.final
+    with torch.no_grad():
+        final.weight[0, :2] = torch.tensor([-2.0, 0.5])
+    rows = [torch.tensor([row]) for row in ([1.0, 2.0], [3.0, -4.0], [5.0], [6.0])]
+    # 2 (1 + 9) + 0.5 (4 + 16) + 25 + 36
+    assert model.squared_norms(*rows).tolist() == [91.0]
+    with torch.no_grad():
+        final.weight[0, :2] /= 4
+    assert model.squared_norms(2 * rows[0], 2 * rows[1], *rows[2:]).tolist() == [91.0]
+
+
 @pytest.mark.parametrize(
     ("sizes", "name"),
     [

@@ -110,6 +110,31 @@ def weights(step: Step) -> dict[str, Tensor]:
     return {name: part.detach().cpu().clone() for name, part in step.model.state_dict().items()}
 
 
+# --- the penalty ---
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_penalty_is_each_samples_squared_norms(lazy):
+    """Added to the mean loss; in a batch that is filled up, of its samples alone."""
+    for batch in batches_of(100)[-2:]:
+        plain, penalized = new_step(lazy), new_step(lazy, l2=0.3)
+        (mf_users, mlp_users), (mf_items, mlp_items) = plain.model.tables()
+        rows = mf_users[batch.users], mf_items[batch.items], mlp_users[batch.users], mlp_items[batch.items]
+        expected = 0.3 * (plain.model.squared_norms(*rows).detach() * batch.weights).sum()
+        torch.testing.assert_close(penalized(batch) - plain(batch), expected)
+
+
+def test_penalty_is_the_same_lazy_and_dense():
+    """Rows that a batch leaves alone move by their momentum only."""
+    lazy, dense, plain = new_step(True, l2=0.3), new_step(False, l2=0.3), new_step(False)
+    for batch in batches_of(20):
+        for step in (lazy, dense, plain):
+            step(batch)
+    for name, value in weights(dense).items():
+        torch.testing.assert_close(weights(lazy)[name], value, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(weights(plain)["mf_user_embed.weight"], weights(dense)["mf_user_embed.weight"])
+
+
 def moments(step: Step) -> dict[str, Tensor]:
     """Up to date, on the CPU."""
     states = step.optimizer.state_dict()["state"]

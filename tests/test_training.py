@@ -209,17 +209,23 @@ def test_average_loss_is_the_mean_over_samples(split_dir):
     assert float(rows(".")[0]["avg_train_loss"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_step_is_adams_on_the_mean_cross_entropy_of_logits(train, split_dir):
-    """Two steps by hand, from the same initial weights."""
+@pytest.mark.parametrize("l2", [0.0, 10.0])
+def test_a_step_is_adams_on_the_mean_cross_entropy_of_logits(train, split_dir, l2):
+    """Two steps by hand, from the same initial weights, with the penalty on each sample's embeddings."""
     split = load_split(split_dir)
-    train(*TRAIN, "--precision", "fp32", "--max-steps", 2, "-o", "out")
+    train(*TRAIN, "--precision", "fp32", "--l2", l2, "--max-steps", 2, "-o", "out")
     torch.manual_seed(1)
     model = NeuMF(split.nb_users, split.nb_items, 4, [8, 6, 4])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _, batch in zip(range(2), TrainingBatches(split, 256, 4, 1).epoch(0), strict=False):
         scores = torch.sigmoid(model(batch.users, batch.items).squeeze(1))
         optimizer.zero_grad()
-        functional.binary_cross_entropy(scores, batch.labels).backward()
+        (mf_users, mlp_users), (mf_items, mlp_items) = model.tables()
+        mf = mf_users[batch.users].square() + mf_items[batch.items].square()
+        mlp = mlp_users[batch.users].square().sum() + mlp_items[batch.items].square().sum()
+        penalty = (mf * model.final.weight[0, :4].abs()).sum() + mlp
+        loss = functional.binary_cross_entropy(scores, batch.labels) + l2 * penalty / len(scores)
+        loss.backward()
         optimizer.step()
     for key, value in weights("out").items():
         # Where a gradient is rounding noise, Adam's step has its sign alone, and so up to the rate's size.
