@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -38,17 +38,21 @@ def train_branches(args: Namespace, train: Callable[..., int], first: bool) -> b
     Returns:
         Whether both are trained to their end.
     """
-    for branch in BRANCHES:
-        own = branch_args(args, branch)
-        if not is_trained(own):
-            log.info("Training %s alone", branch.upper())
-            place = recording.run_directory(own.out_dir, None) if first else nullcontext()
-            with place as directory:
-                steps = train(own, directory=directory)
-            if args.max_steps is not None:
-                args.max_steps -= steps
-        if args.max_steps == 0:
-            return False
+    runs = {branch: branch_args(args, branch) for branch in BRANCHES}
+    with ExitStack() as held:  # the one's directory too while the other is trained
+        directories = {
+            branch: held.enter_context(recording.run_directory(own.out_dir, None)) if first else None
+            for branch, own in runs.items()
+        }
+        for branch, own in runs.items():
+            if not is_trained(own):
+                log.info("Training %s alone", branch.upper())
+                own.max_steps = args.max_steps
+                steps = train(own, directory=directories[branch])
+                if args.max_steps is not None:
+                    args.max_steps -= steps
+            if args.max_steps == 0:
+                return False
     return True
 
 
@@ -60,6 +64,8 @@ def branch_args(args: Namespace, branch: str) -> Namespace:
         "epochs": args.pretrain,
         "learning_rate": args.pretrain_rate,
         "resume": args.resume and (directory / recording.CHECKPOINT).exists(),
+        # A branch that was stopped before its first checkpoint begins again.
+        "overwrite": args.resume or args.overwrite,
         "given": args.given | {"learning_rate"},
     }
     whole_only = {"pretrain": None, "split_final": False, "threshold": None, "compress": None, "report": None}

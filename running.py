@@ -20,12 +20,11 @@ from distiller.cli import InputError
 from distiller.quantization.train_aware import without_ranges
 from distiller.schedule import CompressionSchedule, load_schedule
 from evaluating import evaluate_best, warn_of_validation_items
-from evaluation import describe, metrics_of_ranks, rank_test_items
+from evaluation import describe
 from neumf import NeuMF
 from optim import LazyAdam
 from processes import Processes
 from sampling import TrainingBatches
-from scoring import float_scorer
 from starting import bind, check_schedule, check_start, initial_model, meta_model, restore, restore_lagging
 from step import Step
 from training import Progress, Stop, Trainer
@@ -115,11 +114,6 @@ def train(
         config = resolved_config(args, split, device, model) | {"compiled": compiled}
         if recorder is not None:
             recording.write_config(recorder.directory, config)
-        if args.pretrain and start is None:
-            ranks = rank_test_items(
-                float_scorer(model), seen, args.topk, device, processes, ranking=args.ranking
-            )
-            log.info("Joined: %s", describe([metrics_of_ranks(ranks, k) for k in args.cutoffs]))
         trainer = Trainer(
             Step(model, optimizer, args.precision, compiled, processes, args.l2),
             batches,
@@ -134,6 +128,8 @@ def train(
             progress=progress,
             save_every=args.save_every or 0,
         )
+        if args.pretrain and start is None:
+            log.info("Joined: %s", describe(trainer.keep_start()))
         return trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
 
 

@@ -25,6 +25,8 @@ from training import Progress
 
 # What runs have that were begun before there was a choice.
 OF_THE_METRICS = {"ranking": "sampled", "validate": False}
+# Adam counts its steps in float32, which counts no further.
+MOST_STEPS = 1 << 24
 # What becomes of a checkpoint that is whole and holds other values than it should.
 WRONG_CONTENT = (LookupError, ArithmeticError, ValueError, TypeError, AttributeError, RuntimeError)
 
@@ -101,12 +103,10 @@ def restore(
         load_optimizer(optimizer, checkpoint["optimizer_state_dict"])
         if (progress.epoch or progress.step) and not checkpoint["optimizer_state_dict"]["state"]:
             raise ValueError("no moments")
-        settings = checkpoint["config"] if "progress" in checkpoint else {}
-        before = {name: settings.get(name) for name in ("batch_size", "negative_samples", "seed")}
-        before |= {name: settings.get(name, default) for name, default in OF_THE_METRICS.items()}
-        before["cutoffs"] = settings.get("cutoffs", [settings.get("topk")])
+        before = settings_before(checkpoint["config"] if "progress" in checkpoint else {})
         if args.resume:  # from which ``bind`` goes on
-            float(settings["learning_rate"]), dict(checkpoint["schedule_state_dict"])
+            float(checkpoint["config"]["learning_rate"])
+            checkpoint["schedule_state_dict"] = dict(checkpoint["schedule_state_dict"])
     except WRONG_CONTENT as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -121,6 +121,21 @@ def restore(
         args.learning_rate = optimizer.param_groups[0]["lr"]  # what the configuration then records
         progress.best_hr = Progress.best_hr  # the new run has no best.pth.tar yet
     return progress
+
+
+def settings_before(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint's run was trained with, where they matter to who goes on with it.
+
+    Raises:
+        TypeError: one of them is no setting.
+    """
+    before = {name: config.get(name) for name in ("batch_size", "negative_samples", "seed")}
+    before |= {name: config.get(name, default) for name, default in OF_THE_METRICS.items()}
+    before["cutoffs"] = list(config.get("cutoffs", [config.get("topk")]))
+    for name, value in [*before.items(), *(("cutoffs", k) for k in before["cutoffs"])]:
+        if not isinstance(value, str | int | list | None):
+            raise TypeError(f"{name} is {type(value).__name__}")
+    return before
 
 
 def load_optimizer(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
@@ -143,8 +158,8 @@ def load_optimizer(optimizer: torch.optim.Adam, state: dict[str, Any]) -> None:
         moments = optimizer.state[parameter]
         if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {parameter.shape}:
             raise ValueError("moments of other shapes than the weights")
-        if not 0 <= moments["step"].item() < math.inf:
-            raise ValueError("a negative count of steps")
+        if not 0 <= moments["step"].item() <= MOST_STEPS:
+            raise ValueError(f"{moments['step'].item()} steps")
 
 
 def bind(

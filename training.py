@@ -141,6 +141,12 @@ class Trainer:
                 self._save_within()
             return self._run(stop)
 
+    def keep_start(self) -> list[Metrics]:
+        """Evaluate the model that training starts with and keep it as the best so far; every cut-off's metrics."""
+        metrics = self._metrics()
+        self._save(self.progress.epoch - 1, metrics[0], None)
+        return metrics
+
     def _run(self, stop: Stop) -> int:
         limit = stop.max_steps if stop.max_steps is not None else math.inf
         taken = 0
@@ -240,18 +246,18 @@ class Trainer:
 
     def _evaluate(self, lagging: list[Table] | None) -> list[Metrics]:
         """Every cut-off's. A signal cuts it short, where no other process waits for it, and the epoch is kept."""
-        k = self.cutoffs[0]
         try:
             with self._signals.raised() if self.processes.world_size == 1 else nullcontext():
-                scorer = float_scorer(self.model)
-                ranks = rank_test_items(
-                    scorer, self.split, k, self.device, self.processes, ranking=self.ranking
-                )
-                return [metrics_of_ranks(ranks, k) for k in self.cutoffs]
+                return self._metrics()
         except KeyboardInterrupt:
             self._save(self.progress.epoch, None, lagging)
             self._say_stopped()
             raise
+
+    def _metrics(self) -> list[Metrics]:
+        k, scorer = self.cutoffs[0], float_scorer(self.model)
+        ranks = rank_test_items(scorer, self.split, k, self.device, self.processes, ranking=self.ranking)
+        return [metrics_of_ranks(ranks, k) for k in self.cutoffs]
 
     def _settle_losses(self) -> float:
         """Count the latest steps' mean losses in the epoch's sum; the last one of them.

@@ -80,14 +80,14 @@ def train(split: Path, out: Path, seed: int, args: argparse.Namespace) -> None:
 
 
 def figures_of(out: Path) -> dict[str, Figures]:
-    """The figures of a seed's run, by model: a branch's are those of its end, the whole one's of its best epoch."""
+    """The figures of a seed's run, by model: a branch's are those of its end, the whole one's of the best it was."""
     joined = JOINED.search((out / LOG).read_text())
-    hr, ndcg = (100 * float(figure) for figure in joined.groups())
+    start = {"hr@10": float(joined[1]), "ndcg@10": float(joined[2])}
     return {
         "GMF": figures_of_rows(results(out / "gmf")[-1:], results(out / "gmf")),
         "MLP": figures_of_rows(results(out / "mlp")[-1:], results(out / "mlp")),
-        "joined": Figures(hr, ndcg),
-        "NeuMF": figures_of_rows(results(out), results(out)),
+        "joined": Figures(100 * start["hr@10"], 100 * start["ndcg@10"]),
+        "NeuMF": figures_of_rows([start, *results(out)], results(out)),
     }
 
 
