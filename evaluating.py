@@ -215,7 +215,8 @@ def evaluate_best(
     scorer = float_scorer(model.to(device))
     origin = {"checkpoint": str(directory / recording.BEST), "computed": "fp32"} if processes.first else {}
     origin |= training_of(checkpoint)
-    title = f"Test, by epoch {checkpoint['epoch']}:"
+    epoch = checkpoint["epoch"]
+    title = "Test, as joined:" if epoch < 0 else f"Test, by epoch {epoch}:"
     evaluate_scorer(args, scorer, split, device, processes, directory, origin, title)
 
 

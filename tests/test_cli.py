@@ -471,6 +471,33 @@ def test_resume_with_a_broken_checkpoint_is_refused(refused, split_dir, run_copy
     refused([split_dir, "--resume", "-e", "3", "-o", run_copy], path)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["config", "cutoffs"], 5),
+        (["config", "cutoffs"], None),
+        (["config", "cutoffs"], [torch.ones(3)]),
+        (["config", "validate"], torch.ones(3)),
+        (["config", "seed"], torch.ones(3)),
+        (["config", "batch_size"], torch.ones(3)),
+        (["config", "learning_rate"], None),
+        (["schedule_state_dict"], [1]),
+        (["optimizer_state_dict", "state", 0, "step"], torch.tensor(2.0**70)),
+        (["optimizer_state_dict", "state", 0, "step"], torch.tensor(-1.0)),
+    ],
+)
+def test_resume_with_one_wrong_value_is_refused(refused, split_dir, run_copy, path, value):
+    """It names the file."""
+    content = load_checkpoint(run_copy / "checkpoint.pth.tar")
+    *outer, last = path
+    place = content
+    for key in outer:
+        place = place[key]
+    place[last] = value
+    torch.save(content, run_copy / "checkpoint.pth.tar")
+    refused([split_dir, "--resume", "-e", "3", "-o", run_copy], run_copy)
+
+
 @pytest.mark.parametrize("flags", [["-b", "1024"], ["-n", "1"], ["-b", "128"]])
 @pytest.mark.parametrize("way", ["--resume", "--load"])
 def test_going_on_within_an_epoch_with_other_batches_is_refused_or_done(ncf, split_dir, tmp_path, way, flags):

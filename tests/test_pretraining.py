@@ -19,9 +19,11 @@ import ncf as program
 from benchmarks import pretraining as table
 from dataset import load_split
 from distiller.checkpoint import load_checkpoint
+from distiller.cli import InputError
 from evaluation import evaluate
 from neumf import NeuMF, sizes_from_state_dict, with_final_layer
-from pretraining import ALPHA, joined_weights
+from pretraining import ALPHA, BRANCHES, joined_weights
+from recording import run_directory
 from scoring import PairScorer, float_scorer
 from step import Step
 from training import Trainer
@@ -358,11 +360,55 @@ def test_signal_in_any_stage_is_gone_on_from(ncf, split_dir, pretrained, monkeyp
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
 
 
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_branch_killed_before_its_first_checkpoint_begins_again(ncf, split_dir, pretrained, train, branch):
+    """What was trained before it is kept, and the end is that of a run that nothing stopped."""
+    shutil.copytree(pretrained, "run")
+    for directory in [
+        Path("run"),
+        *(Path("run", name) for name in list(BRANCHES)[list(BRANCHES).index(branch) :]),
+    ]:
+        for name in ("checkpoint.pth.tar", "best.pth.tar", "valid_results.csv"):
+            (directory / name).unlink()
+    train("--resume", "-o", "run")
+    weights = [load_checkpoint(Path(run) / "checkpoint.pth.tar")["state_dict"] for run in ("run", pretrained)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+
+
+def test_branches_are_no_other_runs_while_either_is_trained(ncf, split_dir, monkeypatch, train):
+    """A second run in a branch's directory is refused, also once that branch is trained."""
+    refusals, take = [], Trainer.run
+
+    def run(self, stop):
+        for branch in BRANCHES:
+            with pytest.raises(InputError, match="is in use by"), run_directory(f"run/{branch}", None):
+                pass
+            refusals.append(branch)
+        return take(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", run)
+        assert ncf(split_dir, *PRETRAIN, "--max-steps", 2 * STEPS + 1, "-o", "run").code == 0
+    assert refusals == [*BRANCHES] * 2
+    with run_directory("run/gmf", None):
+        pass
+
+
+def test_joined_model_is_the_best_so_far(train):
+    """Where training on makes it no better; its checkpoint is what a run that is stopped at once goes on from."""
+    out = train(*PRETRAIN, "-l", 3, "-o", "run")
+    best, last = (load_checkpoint(f"run/{name}.pth.tar") for name in ("best", "checkpoint"))
+    assert (best["epoch"], last["epoch"]) == (-1, 1)
+    assert f"Joined: HR@10 = {best['hr']:.4f}" in out
+    joined = joined_weights(*(load_checkpoint(f"run/{b}/checkpoint.pth.tar")["state_dict"] for b in BRANCHES))
+    assert all(torch.equal(best["state_dict"][key], joined[key]) for key in joined)
+
+
 def test_validated_branches_never_see_the_test_items(train):
     """The branches hold the validation items out too; the joined run's best epoch alone is tested, once."""
     out = train(*PRETRAIN, "--validate", "--report", "report.json", "-o", "run")
-    assert out.count("Test, by epoch") == 1
-    assert out.index("Joined: ") < out.index("Test, by epoch")
+    assert out.count("Test, ") == 1
+    assert out.index("Joined: ") < out.index("Test, ")
     for stage in ("gmf", "mlp", "."):
         assert json.loads(Path("run", stage, "config.json").read_text())["validate"] is True
     assert not list(Path("run/gmf").glob("ranks*")) + list(Path("run/mlp").glob("ranks*"))
