@@ -19,7 +19,7 @@ from distiller.cli import InputError
 from distiller.quantization.saved import save_config
 from distiller.quantization.statistics import save_statistics
 from evaluation import metrics_of_ranks, rank_test_items, score_all
-from loading import load_model
+from loading import load_model, training_of
 from neumf import NeuMF
 from scoring import float_scorer
 
@@ -67,7 +67,7 @@ def leave_choice(args: Namespace, chooser: Chooser, setting: Setting, split: Spl
         quantizer, directory / STATS_FILE, directory / recording.AUTO, split_final=setting.split_final
     )
     quantizer.save(directory)
-    recording.write_quantized(directory, quantizer, args.load, split)
+    recording.write_quantized(directory, quantizer, args.load, training_of(load_checkpoint(args.load)), split)
     log.info("The same again: --evaluate --quantize-eval --qe-config-file %s", directory / recording.AUTO)
 
 

@@ -299,6 +299,8 @@ def main() -> None:
     args = parse_args()
     methods = chosen_methods(args)
     split = load_split(args.data)
+    if max(args.topk) > split.nb_candidates:
+        raise InputError(f"-k/--topk: {max(args.topk)} of a list of only {split.nb_candidates} candidates")
     figures = [measure(name, method, split, args.topk) for name, method in methods.items()]
     print((json_of if args.json else text_of)(figures, split))
 

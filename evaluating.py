@@ -27,7 +27,14 @@ from distiller.quantization.wrappers import QuantizedLinear, RowQuantizedEmbeddi
 from evaluation import describe, first_users, metrics_of_ranks, nb_ranked, place_test_items
 from evidence import write_report
 from flags import lacks_source
-from loading import dummy_input, load_model, load_quantized, quantizer_as_trained, restore_rounding
+from loading import (
+    dummy_input,
+    load_model,
+    load_quantized,
+    quantizer_as_trained,
+    restore_rounding,
+    training_of,
+)
 from neumf import NeuMF
 from neumf_int8 import IntegerNeuMF
 from processes import Processes
@@ -65,10 +72,11 @@ def evaluate_checkpoint(
         if quantizer:
             quantizer.save(directory)
             if args.quantize_eval:
-                recording.write_quantized(directory, quantizer, args.load, split)
+                recording.write_quantized(directory, quantizer, args.load, training_of(checkpoint), split)
                 recording.clear_report(directory)
-    model = {"checkpoint": str(args.load), "computed": computation(args, quantizer is not None, scorer)}
-    evaluate_scorer(args, scorer, split, device, processes, directory, model | training_of(checkpoint))
+    computed = computation_in_integers(scorer) if quantizer else computation(args, checkpoint)
+    model = {"checkpoint": str(args.load), "computed": computed} | training_of(checkpoint)
+    evaluate_scorer(args, scorer, split, device, processes, directory, model)
     if args.qe_report:
         report_losses(args, report_on, original.to(device), quantizer, split, device, directory)
 
@@ -147,10 +155,15 @@ def worth_compiling(args: Namespace, split: Split, device: torch.device) -> bool
     return device.type == "cpu" and pairs >= PAIRS_WORTH_COMPILING and choose_compilation(args, device)
 
 
-def computation(args: Namespace, quantized: bool, scorer: Scorer) -> str:
-    """What a model was computed in, for a report."""
-    if quantized:
-        return "integers" if isinstance(scorer, IntegerNeuMF) else "integers simulated in floats"
+def computation_in_integers(scorer: Scorer) -> str:
+    """What a quantized model was computed in, for a report."""
+    return "integers" if isinstance(scorer, IntegerNeuMF) else "integers simulated in floats"
+
+
+def computation(args: Namespace, checkpoint: dict[str, Any]) -> str:
+    """The same of a checkpoint that is evaluated as it was trained, or in other floats."""
+    if checkpoint.get("quantization_aware") is not None:
+        return "fp32, rounded as in training"
     return "fp16" if args.eval_fp16 else args.precision or "fp32"
 
 
@@ -213,8 +226,9 @@ def evaluate_best(
     if checkpoint["quantization_aware"] is not None:
         restore_rounding(model, checkpoint, args)
     scorer = float_scorer(model.to(device))
-    origin = {"checkpoint": str(directory / recording.BEST), "computed": "fp32"} if processes.first else {}
-    origin |= training_of(checkpoint)
+    path = str(directory / recording.BEST) if processes.first else None
+    computed = "fp32" if checkpoint["quantization_aware"] is None else "fp32, rounded as in training"
+    origin = {"checkpoint": path, "computed": computed} | training_of(checkpoint)
     epoch = checkpoint["epoch"]
     title = "Test, as joined:" if epoch < 0 else f"Test, by epoch {epoch}:"
     evaluate_scorer(args, scorer, split, device, processes, directory, origin, title)
@@ -225,13 +239,6 @@ def warn_of_validation_items(checkpoint: dict[str, Any] | None, path: str | Path
     config = checkpoint.get("config") if checkpoint else None
     if checkpoint and not (isinstance(config, dict) and config.get("validate")):
         log.warning("--validate: %s was trained on the items that it is validated by from here on", path)
-
-
-def training_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The seed that a checkpoint says it was trained from, and whether with ``--validate``; None where it does not."""
-    config = checkpoint.get("config")
-    config = config if isinstance(config, dict) else {}
-    return {"seed": config.get("seed"), "validate": config.get("validate")}
 
 
 def report_losses(

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from catalogue import score_catalogue
 from dataset import Split
-from distiller.cli import InputError
 from distiller.memory import MEMORY_ERRORS
 from processes import Processes
-from scoring import Candidates, PairScorer, Scorer, fewer_users
+from scoring import Candidates, PairScorer, Scorer, check_finite_scores, fewer_users
 
 # Pairs ranked at once: a second's work of a processor at most, and little memory.
 PAIRS_PER_BLOCK = {"cpu": 64_000, "cuda": 1_000_000}
@@ -202,8 +201,7 @@ def place_last(candidates: Candidates, length: int = 0) -> Places:
         InputError: a score is not finite, so that it has no rank.
     """
     items, scores, counted = candidates
-    if not torch.isfinite(scores).all():
-        raise InputError("the model's scores are not finite: its weights are damaged or training diverged")
+    check_finite_scores(scores)
     place = ((items == items[:, -1:]) & counted).to(torch.int8).argmax(dim=1, keepdim=True)
     score = scores.gather(1, place)
     equal = (scores == score) & counted

@@ -156,6 +156,8 @@ def parse_args() -> Namespace:
         raise InputError(f"OUT {args.out}: ends in neither .onnx nor .pt2: --format says what it is to be")
     if args.out.is_dir():
         raise InputError(f"OUT {args.out}: is a directory")
+    if args.out.exists() and args.checkpoint.exists() and args.out.samefile(args.checkpoint):
+        raise InputError(f"OUT {args.out}: is the checkpoint itself")
     if args.tolerance is not None and not 0 <= args.tolerance <= 1:
         raise InputError(f"--tolerance must be from 0 to 1, not {args.tolerance}")
     return args

@@ -37,7 +37,7 @@ def load_model(args: Namespace, path: str | Path, checkpoint: dict[str, Any], sp
     sizes = fitting_sizes(weights, args, path, split)
     check_finite(weights, f"--load: {path}")
     if checkpoint.get("data_digest", split.digest) != split.digest and not args.resume:
-        warn_of_other_data(args, path)
+        warn_of_other_data(path, args.data)
     model = NeuMF(**sizes | {"split_final": args.split_final})
     model.load_state_dict(neumf.with_final_layer(weights, args.split_final))
     return model
@@ -58,17 +58,22 @@ def fitting_sizes(
         sizes = neumf.sizes_from_state_dict(weights)
     except InputError as error:
         raise InputError(f"--load: {path}: {error}") from error
-    if (sizes["nb_users"], sizes["nb_items"]) != (split.nb_users, split.nb_items):
-        raise InputError(
-            f"--load: {path} has {sizes['nb_users']} users and {sizes['nb_items']} items, "
-            f"{args.data} has {split.nb_users} and {split.nb_items}"
-        )
+    check_users_and_items(sizes, split, f"--load: {path}", args.data)
     if not neumf.has_both_branches(sizes["mf_dim"], sizes["mlp_layer_sizes"]):
         check_one_branch(args, path)
     for name, size in (("factors", sizes["mf_dim"]), ("layers", sizes["mlp_layer_sizes"])):
         if name in args.given and getattr(args, name) != size:
             raise InputError(f"--{name}: {getattr(args, name)} asked for, but {path} has {size}")
     return sizes
+
+
+def check_users_and_items(sizes: dict[str, Any], split: Split, where: str, directory: str | Path) -> None:
+    """Raise an ``InputError`` that begins with ``where`` unless a model's users and items are the split's."""
+    if (sizes["nb_users"], sizes["nb_items"]) != (split.nb_users, split.nb_items):
+        raise InputError(
+            f"{where} has {sizes['nb_users']} users and {sizes['nb_items']} items, "
+            f"{directory} has {split.nb_users} and {split.nb_items}"
+        )
 
 
 def check_one_branch(args: Namespace, path: str | Path) -> None:
@@ -84,8 +89,9 @@ def check_one_branch(args: Namespace, path: str | Path) -> None:
             raise InputError(f"{flag}: {path} is one branch alone, which is trained and evaluated in float")
 
 
-def warn_of_other_data(args: Namespace, path: str | Path) -> None:
-    log.warning("%s was trained on other data than %s, or on a copy of it as CSV files", path, args.data)
+def warn_of_other_data(path: str | Path, directory: str | Path) -> None:
+    """Say that a checkpoint's data has another digest than the split's in ``directory``."""
+    log.warning("%s was trained on other data than %s, or on a copy of it as CSV files", path, directory)
 
 
 def load_quantized(
@@ -108,12 +114,19 @@ def load_quantized(
             f"--split-final: the final layer of {args.load} is not split, and was quantized as it is"
         )
     if checkpoint.get("data_digest", split.digest) != split.digest:
-        warn_of_other_data(args, args.load)
+        warn_of_other_data(args.load, args.data)
     model = NeuMF(**sizes).to(device)
     try:
         return restore(model, checkpoint, dummy_input(device))
     except InputError as error:
         raise InputError(f"--load: {args.load}: {error}") from error
+
+
+def training_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The seed that a checkpoint says it was trained from, and whether with ``--validate``; None where it does not."""
+    config = checkpoint.get("config")
+    config = config if isinstance(config, dict) else {}
+    return {"seed": config.get("seed"), "validate": config.get("validate")}
 
 
 def dummy_input(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, bool]:

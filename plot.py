@@ -57,6 +57,13 @@ class Run:
     hits: list[float]
 
     @property
+    def hits_of(self) -> str:
+        """What its HR@k is of."""
+        held_out = "validation" if self.settings.get("validate") else "test"
+        against = " among all" if self.settings.get("ranking") == "full" else ""
+        return f"HR@{self.k} of the {held_out} items{against}"
+
+    @property
     def k(self) -> int:
         """The k of HR@k by which a run chooses its best epoch."""
         return self.settings["topk"]
@@ -145,14 +152,14 @@ def draw_runs(runs: Sequence[Run], path: Path) -> None:
     """Draw training loss and HR@k by epoch, a line for each run, its best epoch marked.
 
     Raises:
-        InputError: the runs have different k.
+        InputError: what the runs' HR is of differs.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    if len({run.k for run in runs}) > 1:
-        told = ", ".join(f"{run.directory} HR@{run.k}" for run in runs)
-        raise InputError(f"RUN: runs of different k: {told}")
+    if len({run.hits_of for run in runs}) > 1:
+        told = ", ".join(f"{run.directory} has {run.hits_of}" for run in runs)
+        raise InputError(f"RUN: runs that do not compare: {told}")
     figure = Figure(figsize=(10.0, HEIGHT), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = colormaps["viridis"].resampled(len(runs)).colors if len(runs) > 10 else colormaps["tab10"].colors
@@ -164,8 +171,9 @@ def draw_runs(runs: Sequence[Run], path: Path) -> None:
         label = f"{name}: best {record.hits[best]:.2f}, epoch {record.epochs[best]}"
         right.plot(record.epochs, record.hits, label=label, **line)
         right.plot(record.epochs[best], record.hits[best], "o", color=color, markersize=8)
-    left.set(title="Training loss", ylabel="mean binary cross-entropy")
-    right.set(title=f"HR@{runs[0].k} of the test items", ylabel=f"HR@{runs[0].k} (%)")
+    penalty = " and penalty" if any(run.settings.get("l2") for run in runs) else ""
+    left.set(title="Training loss", ylabel=f"mean binary cross-entropy{penalty}")
+    right.set(title=runs[0].hits_of, ylabel=f"HR@{runs[0].k} (%)")
     right.legend(loc="lower right", fontsize=8)
     for axes in (left, right):
         axes.set_xlabel("epoch")

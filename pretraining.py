@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ import neumf
 import recording
 from dataset import Split
 from distiller.checkpoint import load_checkpoint
-from distiller.cli import InputError
 from loading import load_model
 from neumf import NeuMF, StateDict
 
@@ -26,13 +26,13 @@ BRANCHES = {"gmf": {"layers": [0]}, "mlp": {"factors": 0}}
 log = logging.getLogger("ncf")
 
 
-def train_branches(args: Namespace, train: Callable[..., int], first: bool) -> bool:
+def train_branches(args: Namespace, train: Callable[..., Any], first: bool) -> bool:
     """Train each branch alone, or finish its training, in its directory within ``args.out_dir``.
 
     Args:
         args: Of the whole run. Its ``max_steps``, where there is such a limit, are what is left of them afterwards.
-        train: Trains as flags say, in the ``directory`` given, None in a process that is not the first; the steps
-            that it took.
+        train: Trains as flags say, in the ``directory`` given, None in a process that is not the first; a
+            ``running.Trained``.
         first: Whether this is the first process.
 
     Returns:
@@ -45,12 +45,12 @@ def train_branches(args: Namespace, train: Callable[..., int], first: bool) -> b
             for branch, own in runs.items()
         }
         for branch, own in runs.items():
-            if not is_trained(own):
+            if not (own.resume and recording.epochs_done(Path(own.out_dir)) >= own.epochs):
                 log.info("Training %s alone", branch.upper())
                 own.max_steps = args.max_steps
-                steps = train(own, directory=directories[branch])
+                trained = train(own, directory=directories[branch])
                 if args.max_steps is not None:
-                    args.max_steps -= steps
+                    args.max_steps -= trained.steps
             if args.max_steps == 0:
                 return False
     return True
@@ -70,17 +70,6 @@ def branch_args(args: Namespace, branch: str) -> Namespace:
     }
     whole_only = {"pretrain": None, "split_final": False, "threshold": None, "compress": None, "report": None}
     return Namespace(**vars(args) | BRANCHES[branch] | whole_only | own)
-
-
-def is_trained(args: Namespace) -> bool:
-    """Whether the run to resume, if it is one, has all its epochs."""
-    if not args.resume:
-        return False
-    path = Path(args.out_dir) / recording.CHECKPOINT
-    try:
-        return load_checkpoint(path)["progress"]["epoch"] >= args.epochs
-    except (KeyError, TypeError) as error:
-        raise InputError(f"--resume: {path}: no state to go on from") from error
 
 
 def joined_model(args: Namespace, split: Split) -> NeuMF:

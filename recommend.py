@@ -17,7 +17,7 @@ from dataset import Split, load_split
 from distiller.cli import ArgumentParser, InputError, run
 from recording import show_messages
 from saved import load_saved
-from scoring import Scorer
+from scoring import Scorer, check_finite_scores
 from titles import TITLES, read_titles
 
 PROG = "recommend.py"
@@ -82,10 +82,7 @@ def best_unseen(
     for start in range(0, len(users), at_once):
         some = users[start : start + at_once]
         scores = scores_of_all(scorer, torch.tensor(some), split.nb_items)
-        if not torch.isfinite(scores).all():
-            raise InputError(
-                "the model's scores are not finite: its weights are damaged or training diverged"
-            )
+        check_finite_scores(scores)
         for user, row in zip(some, scores, strict=True):
             unseen = torch.ones(split.nb_items, dtype=torch.bool)
             unseen[rated_items(split, user)] = False

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset import Split
-from distiller.checkpoint import save_checkpoint
+from distiller.checkpoint import load_checkpoint, save_checkpoint
 from distiller.cli import InputError
 from distiller.files import atomic_write, file_digest, remove_parts
 from distiller.locks import LockHeldError, locked
@@ -157,12 +157,17 @@ def write_ranks(directory: Path, ranks: Tensor) -> None:
 
 
 def write_quantized(
-    directory: Path, quantizer: PostTrainLinearQuantizer, float_checkpoint: str | Path, split: Split
+    directory: Path,
+    quantizer: PostTrainLinearQuantizer,
+    float_checkpoint: str | Path,
+    training: Mapping[str, Any],
+    split: Split,
 ) -> None:
-    """Write a quantized model, for ``--load``, and where it is from."""
+    """Write a quantized model, for ``--load``, and where it is from: what of its training reports have, too."""
     origin = {
         "arch": "NeuMF",
         "float_digest": file_digest(float_checkpoint),
+        "config": dict(training),
         "data_digest": split.digest,
         "command": command_line(),
     }
@@ -178,6 +183,19 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
 def holds_run(directory: Path) -> bool:
     """Whether training has left something in a directory."""
     return any((directory / name).exists() for name in (CHECKPOINT, BEST, CONFIG, RESULTS))
+
+
+def epochs_done(directory: Path) -> int:
+    """The epochs that a run's last checkpoint has behind it.
+
+    Raises:
+        InputError: it says nothing of that.
+    """
+    path = directory / CHECKPOINT
+    try:
+        return int(load_checkpoint(path)["progress"]["epoch"])
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"--resume: {path}: no state to go on from") from error
 
 
 def clear_run(directory: Path) -> None:

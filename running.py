@@ -7,7 +7,7 @@ from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,15 +33,39 @@ from validation import validation_split
 log = logging.getLogger("ncf")
 
 
+class Trained(NamedTuple):
+    """What a training came to.
+
+    Attributes:
+        steps: Taken.
+        finished: Whether all epochs are done, or the threshold is reached.
+    """
+
+    steps: int
+    finished: bool
+
+
 def train_whole(
     args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
 ) -> None:
     """Train as the flags ask, the branches before the whole model; then evaluate what ``--validate`` chose."""
     if args.pretrain and not pretrain(args, split, device, processes, directory):
         return
-    train(args, split, device, processes, directory)
+    if is_to_be_tested(args):
+        if processes.first:
+            recording.start_log(directory, device)
+    elif not train(args, split, device, processes, directory).finished:
+        return
     if args.validate:
         evaluate_best(args, split, device, processes, directory)
+
+
+def is_to_be_tested(args: Namespace) -> bool:
+    """Whether the run to resume was stopped after its last epoch and before ``--validate`` tested the best one."""
+    if not (args.resume and args.validate):
+        return False
+    directory = Path(args.out_dir)
+    return recording.epochs_done(directory) >= args.epochs and not (directory / recording.RANKS).exists()
 
 
 def pretrain(
@@ -77,12 +101,8 @@ def begin_pretraining(args: Namespace, split: Split, processes: Processes, direc
 
 def train(
     args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
-) -> int:
-    """Train, from new weights, from joined branches, from ``--load``, or from where the run to resume stands.
-
-    Returns:
-        The steps taken.
-    """
+) -> Trained:
+    """Train, from new weights, from joined branches, from ``--load``, or from where the run to resume stands."""
     start = check_start(args, processes)
     schedule = schedule_of(args, processes)
     args.precision = choose_precision(args, device, schedule)
@@ -130,7 +150,9 @@ def train(
         )
         if args.pretrain and start is None:
             log.info("Joined: %s", describe(trainer.keep_start()))
-        return trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+        steps = trainer.run(Stop(args.epochs, args.max_steps, args.threshold))
+        reached = args.threshold is not None and progress.best_hr >= args.threshold
+        return Trained(steps, reached or progress.epoch >= args.epochs)
 
 
 def schedule_of(args: Namespace, processes: Processes) -> CompressionSchedule:

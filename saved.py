@@ -17,7 +17,7 @@ from distiller.quantization import PostTrainLinearQuantizer
 from distiller.quantization.integer import NotIntegerError
 from distiller.quantization.saved import restore
 from distiller.quantization.train_aware import without_ranges
-from loading import check_finite, dummy_input, restore_rounding
+from loading import check_finite, check_users_and_items, dummy_input, restore_rounding, warn_of_other_data
 from neumf import NeuMF
 from neumf_int8 import IntegerNeuMF
 from scoring import PairScorer, Scorer, float_scorer
@@ -47,15 +47,10 @@ class SavedModel:
 
     def check_sizes(self, split: Split, path: str | Path, directory: str | Path) -> None:
         """Raise an ``InputError`` unless the split has the model's users and items; warn where it is another one."""
-        if (self.nb_users, self.nb_items) != (split.nb_users, split.nb_items):
-            raise InputError(
-                f"{path} has {self.nb_users} users and {self.nb_items} items, "
-                f"{directory} has {split.nb_users} and {split.nb_items}"
-            )
+        sizes = {"nb_users": self.nb_users, "nb_items": self.nb_items}
+        check_users_and_items(sizes, split, str(path), directory)
         if self.data_digest not in (None, split.digest):
-            log.warning(
-                "%s was trained on other data than %s, or on a copy of it as CSV files", path, directory
-            )
+            warn_of_other_data(path, directory)
 
     def scorer(self) -> Scorer:
         """What scores with it: in integers where it can, else in floats."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distiller.cli import InputError
 from distiller.memory import MEMORY_ERRORS, is_out_of_memory
 from distiller.quantization.train_aware import is_quantization_aware
 from neumf import NeuMF
@@ -49,6 +50,12 @@ PAIRS_AT_ONCE = {"cpu": 4_000, "cuda": 250_000}
 COMPILED_PAIRS_AT_ONCE = PAIRS_AT_ONCE | {"cpu": 8_000}
 # Items that several users share, at once: their rows stay in the cache from one user to the next.
 ITEMS_AT_ONCE = {"cpu": 250, "cuda": 10_000}
+
+
+def check_finite_scores(scores: Tensor) -> None:
+    """Raise an ``InputError`` where a score is not finite, so that it has no rank."""
+    if not torch.isfinite(scores).all():
+        raise InputError("the model's scores are not finite: its weights are damaged or training diverged")
 
 
 class InParts:

@@ -210,6 +210,7 @@ def test_blas_is_not_left_to_compete_with_threads_of_als(split, monkeypatch):
         (["--methods", "bpr"], "--methods"),
         (["-k", 0], "-k/--topk"),
         (["-k", 5, 5], "-k/--topk"),
+        (["-k", 42], "-k/--topk"),  # of 41 candidates
         (["--neighbours", 0], "--neighbours"),
         (["--similarity", "jaccard"], "--similarity"),
         (["--factors", 0], "--factors"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -41,12 +43,29 @@ ALIKE = 1e-6
 
 def quantized(model: NeuMF, **arguments) -> tuple[onnx.ModelProto, np.ndarray]:
     """The ONNX model of a prepared model, which is changed in place, and its own scores of all pairs."""
-    pairs, statistics = all_pairs(model), model_statistics(model)
+    pairs, statistics = all_pairs(model), off_the_edges(model_statistics(model))
     quantizer = PostTrainLinearQuantizer(model, model_activation_stats=statistics, **arguments)
     quantizer.prepare_model((*pairs, True))
     graph = onnx_model(quantizer.graph, quantizer.modules, INPUTS, "score", quantizer.weights)
     onnx.checker.check_model(graph, full_check=True)
     return graph, scores(model, pairs)
+
+
+def off_the_edges(statistics: dict) -> dict:
+    """Each layer's ranges a few per cent wider, by its own factor, so that no output of few levels lies half-way.
+
+    On that edge a rounding in the last bit decides, and for many pairs at once.
+    """
+
+    def wider(value: Any, factor: float) -> Any:
+        if isinstance(value, dict):
+            return {key: wider(part, factor) for key, part in value.items()}
+        return value * factor if isinstance(value, float) else value
+
+    return {
+        layer: wider(found, 1 + math.sqrt(2 + number) / 100)
+        for number, (layer, found) in enumerate(statistics.items())
+    }
 
 
 def run_graph(
@@ -148,9 +167,7 @@ def test_small_models_of_any_settings(
         scaled_concat=flags[2],
     )
     difference = np.abs(run_graph(graph, *pairs, True) - expected)
-    # On the edge of a rounding stands one in a hundred, but where there are few levels many do at once: the least of
-    # 900 models had 91 % alike, and the worst found so far 80 %.
-    assert (difference <= ALIKE).mean() >= 0.75
+    assert (difference <= ALIKE).mean() >= 0.99
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -309,6 +326,9 @@ def test_no_checkpoint(export, tmp_path):
 def test_no_directory(export, checkpoint, tmp_path):
     error_line(export(checkpoint, tmp_path / "none" / "model.onnx"))
     assert "is a directory" in error_line(export(checkpoint, tmp_path, "--format", "onnx"))
+    content = checkpoint.read_bytes()
+    assert "is the checkpoint itself" in error_line(export(checkpoint, checkpoint, "--format", "onnx"))
+    assert checkpoint.read_bytes() == content
 
 
 def test_without_the_libraries(export, checkpoint, tmp_path, monkeypatch):

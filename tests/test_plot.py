@@ -213,7 +213,10 @@ def test_sources_that_do_not_go_together(run_dir, tmp_path):
     assert "twice" in refused(run_dir, run_dir, *out)
     other = write_run(tmp_path / "other", [0.1], topk=5)
     (other / "valid_results.csv").write_text("epoch,hr@5,avg_train_loss\n0,0.1,0.2\n")
-    assert "runs of different k" in refused(run_dir, other, *out)
+    assert "runs that do not compare" in refused(run_dir, other, *out)
+    for number, setting in enumerate([{"validate": True}, {"ranking": "full"}]):
+        other = write_run(tmp_path / f"other-{number}", [0.1], **setting)
+        assert "runs that do not compare" in refused(run_dir, other, *out)
 
 
 @pytest.mark.parametrize(

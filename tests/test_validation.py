@@ -190,6 +190,20 @@ def test_best_epoch_is_chosen_by_validation_and_tested_once(validated, ncf, spli
     assert (model["checkpoint"], model["validate"]) == ("out/best.pth.tar", True)
 
 
+def test_test_items_are_looked_at_once_training_is_done(ncf, split_dir):
+    """Not where it is to go on; and then though it was stopped after the last epoch."""
+    run = ["--validate", "-o", "out"]
+    assert "Test, " not in ncf(split_dir, *TRAIN, "-e", 2, *run, "--max-steps", 3).out
+    assert "Test, by epoch" in ncf(split_dir, "--resume", "-o", "out").out
+    ranks = Path("out/ranks.npy").read_bytes()
+    outcome = ncf(split_dir, "--resume", "-o", "out")
+    assert (outcome.code, "already has 2 epochs" in outcome.err) == (2, True)
+    Path("out/ranks.npy").unlink()
+    outcome = ncf(split_dir, "--resume", "-o", "out")
+    assert (outcome.code, "Test, by epoch" in outcome.out) == (0, True)
+    assert Path("out/ranks.npy").read_bytes() == ranks
+
+
 def test_training_does_not_see_what_is_held_out(ncf, split_dir, monkeypatch):
     """Neither the last item nor the one before."""
     seen = []
