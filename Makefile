@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes with a thread each: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 # What `make table` trains for; the published recipe otherwise.
 EPOCHS ?= 20
 SEEDS ?= 1
@@ -25,7 +27,7 @@ demo: $(VENV)/installed
 		--epochs 10 --factors 16 --layers 64 32 16 --batch-size 1024 --learning-rate 0.002
 
 test: $(VENV)/tests-installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+	$(PYTEST)
 
 lint: $(VENV)/tests-installed
 	$(BIN)/ruff check .
@@ -46,7 +48,7 @@ faults: $(VENV)/installed
 	$(BIN)/python -m benchmarks.faults --kills 50 --out "$(FAULTS)"
 
 fuzz: $(VENV)/tests-installed
-	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest --durations=0 tests/test_fuzz.py
+	FUZZ_EXAMPLES=10000 $(PYTEST) --durations=0 tests/test_fuzz.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
