@@ -7,14 +7,16 @@ import math
 import mmap
 import os
 import pickle
-import zipfile
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from .archive import read_archive
 from .unpickling import PlainUnpickler, StandIn
+from .yaml_claims import MAX_DEPTH, MAX_VALUES
 
 ZIP_START = b"PK\x03\x04"  # by which PyTorch tells its two formats apart
 LEGACY_PICKLES = 5  # the older one's: magic number, version, machine, content and the storages' keys
+LEGACY_HEAD = 8  # bytes before each of its storages: its size
 ITEM_SIZES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
 ITEM_SIZES |= {"Char": 1, "Byte": 1, "Bool": 1}
 SCALARS = {"f4": 4, "f8": 8, "i8": 8}  # NumPy's types of metrics, in bytes
@@ -29,9 +31,14 @@ class _ItemType:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Stands in for a storage of ``count`` items."""
+    """Stands in for a storage of ``count`` items of so many bytes."""
 
     count: int
+    item_size: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.item_size
 
 
 class _Map(dict, StandIn):
@@ -118,12 +125,15 @@ class _ClaimsUnpickler(PlainUnpickler):
     Args:
         file: The pickle.
         bytes_held: Of every storage by its key; None where the pickle itself is all that names them.
+
+    Attributes:
+        storages: What it has named, by key.
     """
 
     def __init__(self, file: Any, bytes_held: dict[str, int] | None = None):
         super().__init__(file, _NAMES)
         self._bytes_held = bytes_held
-        self.bytes_claimed: dict[str, int] = {}
+        self.storages: dict[str, _Storage] = {}
 
     def persistent_load(self, name: object) -> _Storage:
         kind, key, _, count = name[1:5] if type(name) is tuple and len(name) in (5, 6) else (None,) * 4
@@ -131,10 +141,45 @@ class _ClaimsUnpickler(PlainUnpickler):
         # A part of another storage, as PyTorch before 1.0 wrote it, is in no checkpoint here.
         if not known or name[0] != "storage" or name[5:] not in ((), (None,)):
             raise pickle.UnpicklingError("it holds what is no storage")
-        claimed = self.bytes_claimed[key] = count * kind.size
-        if self._bytes_held is not None and self._bytes_held.get(key) != claimed:
+        storage = _Storage(count, kind.size)
+        # PyTorch makes a storage by the first that is said of it.
+        if self.storages.setdefault(key, storage) != storage:
+            raise pickle.UnpicklingError("it holds one storage in two sizes")
+        if self._bytes_held is not None and self._bytes_held.get(key) != storage.nbytes:
             raise pickle.UnpicklingError("it holds a tensor of another size than the file has")
-        return _Storage(count)
+        return storage
+
+
+class _Extent:
+    """Counts values and levels with everything shared counted wherever it stands: what goes through it does so too."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, int] | None] = {}  # by id; None while it is being counted
+
+    def of(self, value: object, depth: int = 0) -> tuple[int, int]:
+        """How many values a value has, itself among them, and in how many levels.
+
+        Raises:
+            pickle.UnpicklingError: it holds itself, more than ``MAX_VALUES``, or more than ``MAX_DEPTH`` levels.
+        """
+        if not isinstance(value, dict | list | tuple):
+            return 1, 0
+        if id(value) not in self._known:
+            if depth == MAX_DEPTH:
+                raise pickle.UnpicklingError(f"it holds more than {MAX_DEPTH} levels")
+            self._known[id(value)] = None
+            parts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+            extents = [self.of(part, depth + 1) for part in parts]
+            count = 1 + sum(count for count, _ in extents)
+            self._known[id(value)] = count, 1 + max((levels for _, levels in extents), default=0)
+        if self._known[id(value)] is None:
+            raise pickle.UnpicklingError("it holds what holds itself")
+        count, levels = self._known[id(value)]
+        if count > MAX_VALUES:
+            raise pickle.UnpicklingError(f"it holds more than {MAX_VALUES} values")
+        if depth + levels > MAX_DEPTH:
+            raise pickle.UnpicklingError(f"it holds more than {MAX_DEPTH} levels")
+        return count, levels
 
 
 def check_claims(file: BinaryIO) -> None:
@@ -152,29 +197,21 @@ def check_claims(file: BinaryIO) -> None:
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > size:
-            raise pickle.UnpicklingError("it unpacks to more than the file has")
-        sizes = {entry.filename: entry.file_size for entry in entries}
-        roots = {name.partition("/")[0] for name in sizes}
-        if len(sizes) != len(entries) or len(roots) != 1 or archive.comment:
-            raise pickle.UnpicklingError("it is no archive of PyTorch's")
-        (root,) = roots
-        content = archive.read(f"{root}/data.pkl")
-    start = f"{root}/data/"
-    held = {name.removeprefix(start): size for name, size in sizes.items() if name.startswith(start)}
-    _ClaimsUnpickler(io.BytesIO(content), held).load()
+    content, held = read_archive(file, size)
+    _Extent().of(_ClaimsUnpickler(io.BytesIO(content), held).load())
 
 
 def _check_legacy(file: BinaryIO, size: int) -> None:
     # Mapped, so that a read beyond the end costs nothing, whatever length a file claims.
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        claimed = 0
-        for _ in range(LEGACY_PICKLES):
-            unpickler = _ClaimsUnpickler(mapped)
-            unpickler.load()
-            claimed += sum(unpickler.bytes_claimed.values())
-    if claimed > size:
+        unpicklers = [_ClaimsUnpickler(mapped) for _ in range(LEGACY_PICKLES)]
+        contents = [unpickler.load() for unpickler in unpicklers]
+        left = size - mapped.tell()
+    _Extent().of(contents)
+    storages, keys = unpicklers[-2].storages, contents[-1]
+    # One that is not listed PyTorch would make and leave unread.
+    listed = type(keys) is list and all(type(key) is str for key in keys)
+    if not listed or sorted(keys) != sorted(storages):
+        raise pickle.UnpicklingError("it holds other storages than it lists")
+    if sum(LEGACY_HEAD + storage.nbytes for storage in storages.values()) > left:
         raise pickle.UnpicklingError("it holds a tensor of another size than the file has")

@@ -20,7 +20,7 @@ policies:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import NoneType
@@ -36,6 +36,10 @@ from .quantization.train_aware import NCFQuantAwareTrainQuantizer, is_quantizati
 
 KINDS = {"quantizer": "quantizers", "lr_scheduler": "lr_schedulers"}
 WHEN = {"starting_epoch", "ending_epoch", "frequency", "epochs"}
+MAX_EPOCH = 1 << 31  # as many as can be trained
+# What PyTorch's schedulers raise; NotImplementedError is a RuntimeError.
+WRONG_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+WRONG_ARGUMENTS += (AssertionError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ class Policy:
     Attributes:
         kind: A key of ``KINDS``.
         instance: Its name.
-        epochs: 0 is the first. A quantizer acts from the least of them on.
+        epochs: Ascending; 0 is the first. A quantizer acts from the first of them on.
     """
 
     kind: str
     instance: str
-    epochs: Collection[int]
+    epochs: Sequence[int]
 
 
 class CompressionSchedule:
@@ -80,11 +84,7 @@ class CompressionSchedule:
             InputError: the quantizer does not take its arguments.
         """
         for policy in self._policies:
-            if (
-                policy.kind == "quantizer"
-                and epoch >= min(policy.epochs)
-                and not is_quantization_aware(model)
-            ):
+            if policy.kind == "quantizer" and epoch >= policy.epochs[0] and not is_quantization_aware(model):
                 self._prepare(model)
 
     def check(self, model: nn.Module) -> None:
@@ -159,8 +159,9 @@ def _arguments_of(name: str) -> Iterator[None]:
     """Turn what a scheduler makes of arguments that it cannot use into an error that names it."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise InputError(" ".join(f"--compress: lr_schedulers: {name}: {error}".split())) from error
+    except WRONG_ARGUMENTS as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(" ".join(f"--compress: lr_schedulers: {name}: {reason}".split())) from error
 
 
 def prepare_quantization_aware(model: nn.Module, arguments: Mapping[str, Any]) -> None:
@@ -187,15 +188,16 @@ def _policy(entry: object, instances: Mapping[str, Mapping], require: Callable[[
     )
     listed = when.get("epochs") if isinstance(when.get("epochs"), list) else []
     numbers = [*listed, *(value for key, value in when.items() if key != "epochs")]
-    whole = all(type(number) is int and number >= 0 for number in numbers)
+    whole = all(type(number) is int and 0 <= number <= MAX_EPOCH for number in numbers)
     require(
-        when.keys() <= WHEN and whole, f"policies: {name}: takes {', '.join(sorted(WHEN))}, whole numbers"
+        when.keys() <= WHEN and whole,
+        f"policies: {name}: takes {', '.join(sorted(WHEN))}, whole numbers up to {MAX_EPOCH}",
     )
     if "epochs" in when:
         require(
             isinstance(when["epochs"], list) and len(when) == 1, f"policies: {name}: epochs is a list, alone"
         )
-        epochs: Collection[int] = set(when["epochs"])
+        epochs: Sequence[int] = sorted(when["epochs"])
     else:
         require(
             "ending_epoch" in when and when.get("frequency", 1) > 0, f"policies: {name}: when does it end?"
@@ -203,6 +205,11 @@ def _policy(entry: object, instances: Mapping[str, Mapping], require: Callable[[
         epochs = range(when.get("starting_epoch", 0), when["ending_epoch"], when.get("frequency", 1))
     require(len(epochs) > 0, f"policies: {name}: no epoch in which it acts")
     return Policy(kinds[0], name, epochs)
+
+
+def _is_scheduler(kind: object) -> bool:
+    base = lr_scheduler.LRScheduler
+    return isinstance(kind, type) and issubclass(kind, base) and kind is not base
 
 
 def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
@@ -232,10 +239,9 @@ def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
         expected = NCFQuantAwareTrainQuantizer.__name__
         require(arguments["class"] == expected, f"quantizers: {name}: its class is not {expected}")
     for name, arguments in instances["lr_schedulers"].items():
-        kind = getattr(lr_scheduler, str(arguments["class"]), None)
-        base = lr_scheduler.LRScheduler
-        known = isinstance(kind, type) and issubclass(kind, base) and kind is not base
-        require(known, f"lr_schedulers: {name}: PyTorch has no {arguments['class']}")
+        kind = str(arguments["class"])
+        known = _is_scheduler(getattr(lr_scheduler, kind, None)) and not kind.startswith("_")
+        require(known, f"lr_schedulers: {name}: PyTorch has no {kind}")
     entries = content.get("policies") or []
     require(isinstance(entries, list), "policies: not a list")
     policies = [_policy(entry, instances, require) for entry in entries]

@@ -11,7 +11,10 @@ from typing import Any, ClassVar, NoReturn
 REFUSED = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX)
 REFUSED += (pickle.PERSID, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET)
 REFUSED += (pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+REFUSED += (pickle.PUT, pickle.GET)  # protocol 0's, which name what they remember by numbers of any length
 KEYS = (str, int, float, bool)  # others can nest, and bring down what hashes them
+# Of whole numbers as keys: longer ones can all have the same hash, and a map of such takes time with their square.
+KEY_BITS = 64
 
 
 class UnknownNameError(pickle.UnpicklingError):
@@ -76,6 +79,8 @@ class PlainUnpickler(pickle._Unpickler):
     def _set(self, key: object, value: object) -> None:
         if type(key) not in KEYS or not isinstance(self.stack[-1], dict):
             raise pickle.UnpicklingError("it holds a map with keys that are no plain values")
+        if type(key) is int and key.bit_length() > KEY_BITS:
+            raise pickle.UnpicklingError(f"it holds a map with a key of {key.bit_length()} bits")
         self.stack[-1][key] = value
 
     def _refuse(self) -> NoReturn:

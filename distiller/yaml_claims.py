@@ -10,7 +10,11 @@ MAX_DEPTH = 50  # libyaml's loader calls itself for every level, and crashes at 
 MAX_VALUES = (
     1 << 20
 )  # with every alias counted as what it stands for; the published model's statistics have 600
-MAX_WORD = 1000  # characters; numbers take time with the square of their length
+MAX_WORD = 1000  # characters
+# Characters of numbers. Those to the base of 60, as 1:30, take time with the square of their length. Whole numbers much
+# longer than 64 bits can all have the same hash, and a map of such takes time with their square.
+MAX_NUMBERS = {"tag:yaml.org,2002:int": 19, "tag:yaml.org,2002:float": MAX_WORD}
+RESOLVER = yaml.resolver.Resolver()
 
 
 def check_yaml(text: str) -> None:
@@ -31,8 +35,7 @@ def check_yaml(text: str) -> None:
                 raise ValueError(f"alias {event.anchor} stands within what it stands for, or for nothing")
             size = sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
-            if len(event.value) > MAX_WORD and not any(c.isspace() for c in event.value):
-                raise ValueError(f"a word of {len(event.value)} characters")
+            _check_scalar(event)
             sizes[event.anchor] = size = 1
         elif isinstance(event, yaml.CollectionStartEvent):
             sizes.pop(event.anchor, None)
@@ -46,3 +49,17 @@ def check_yaml(text: str) -> None:
         open_values[-1] = (parent, before + size)
         if before + size > MAX_VALUES:
             raise ValueError(f"more than {MAX_VALUES} values")
+
+
+def _check_scalar(event: yaml.ScalarEvent) -> None:
+    """Raise a ``ValueError`` for a word or a number that is too long, whatever makes it one."""
+    length = len(event.value)
+    if length <= min(MAX_NUMBERS.values()):
+        return
+    if length > MAX_WORD and not any(c.isspace() for c in event.value):
+        raise ValueError(f"line {event.start_mark.line + 1}: a word of {length} characters")
+    tag = event.tag
+    if tag in (None, "!"):  # which leave it to the value
+        tag = RESOLVER.resolve(yaml.ScalarNode, event.value, event.implicit)
+    if length > MAX_NUMBERS.get(tag, length):
+        raise ValueError(f"line {event.start_mark.line + 1}: a number of {length} characters")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import random
 import resource
+import struct
+import zipfile
+import zlib
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +20,7 @@ import torch
 from helpers_quant import small_model
 
 from distiller.checkpoint import load_checkpoint, save_checkpoint
+from distiller.claims import check_claims
 from distiller.cli import InputError
 
 WEIGHTS = small_model(0).state_dict()
@@ -358,3 +363,231 @@ def test_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path, tensor
     torch.save({"state_dict": {"weight": tensor}}, tmp_path / "x")
     with pytest.raises(InputError, match="of another size"):
         load_checkpoint(tmp_path / "x")
+
+
+# --- archives that two readers could take for different ones ---
+
+
+def archive_of(content: object) -> bytes:
+    """As PyTorch writes it."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def members(archive: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def packed(entries: list[tuple[str | zipfile.ZipInfo, bytes]]) -> bytes:
+    """An archive of Python's."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+SMALL = archive_of({"state_dict": {"a": torch.ones(3), "b": torch.zeros(2, 2)}, "epoch": 1})
+OTHER = archive_of({"state_dict": {"other": torch.ones(3)}})
+
+
+@pytest.mark.parametrize("numel", [0, 1, 63, 16_384, 1_000_000])
+@pytest.mark.parametrize("count", [1, 70])
+def test_archives_of_all_sizes_load(path, numel, count):
+    state_dict = {f"weight.{i}": torch.full((numel // count,), float(i)) for i in range(count)}
+    save_checkpoint(path, {"state_dict": state_dict})
+    assert_same_tensors(load_checkpoint(path)["state_dict"], state_dict)
+    torch.save({"state_dict": state_dict}, path)  # by the writer that takes a name
+    assert_same_tensors(load_checkpoint(path)["state_dict"], state_dict)
+
+
+def test_archive_written_by_another_zip_writer_loads(path):
+    """Without zip64's records."""
+    path.write_bytes(packed(list(members(SMALL).items())))
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "archive/DATA.PKL",
+        "archive/Data.pkl",
+        "ARCHIVE/data.pkl",
+        "archive\\data.pkl",
+        "archive/data.pkl\0",
+        "archive/data.pkl\n",
+        "archive/dätä.pkl",
+    ],
+)
+def test_second_pickle_under_nearly_the_same_name_is_refused(path, name):
+    """PyTorch would read either."""
+    pickled = members(OTHER)["archive/data.pkl"]
+    entry = zipfile.ZipInfo("x")
+    entry.filename = entry.orig_filename = name
+    for entries in ([*members(SMALL).items(), (entry, pickled)], [(entry, pickled), *members(SMALL).items()]):
+        path.write_bytes(packed(entries))
+        with pytest.raises(InputError, match="no archive"):
+            load_checkpoint(path)
+
+
+def test_the_same_name_twice_is_refused(path):
+    entries = list(members(SMALL).items())
+    with pytest.warns(UserWarning, match="Duplicate"):
+        path.write_bytes(packed([*entries, ("archive/data.pkl", members(OTHER)["archive/data.pkl"])]))
+    with pytest.raises(InputError, match="no archive"):
+        load_checkpoint(path)
+
+
+def test_entry_that_has_another_name_beside_its_own_is_refused(path):
+    """Newer versions of Python take the second one, PyTorch the first."""
+    entries = list(members(SMALL).items())
+    entry = zipfile.ZipInfo(entries[0][0])
+    second = struct.pack("<BL", 1, zlib.crc32(entry.filename.encode())) + b"archive/other.pkl"
+    entry.extra = struct.pack("<2H", 0x7075, len(second)) + second
+    path.write_bytes(packed([(entry, entries[0][1]), *entries[1:]]))
+    with pytest.raises(InputError, match="no archive"):
+        load_checkpoint(path)
+
+
+END, ENDS = 22, 22 + 20 + 56  # bytes of the record at an archive's end, and of those of zip64 with it
+
+
+def rerecorded(archive: bytes, record: str, at: int, form: str, value: int) -> bytes:
+    """An archive with another number in one of the records at its end."""
+    start = {"end": END, "locator": END + 20, "end of zip64": ENDS}[record]
+    changed = bytearray(archive)
+    struct.pack_into(form, changed, len(archive) - start + at, value)
+    return bytes(changed)
+
+
+def with_two_directories(first: bytes, second: bytes) -> bytes:
+    """Two archives, of which the records at the end name the first and stand behind the second."""
+    joined = first[:-ENDS] + second
+    (start,) = struct.unpack_from("<Q", first, len(first) - ENDS + 48)
+    return rerecorded(joined, "end of zip64", 48, "<Q", start)
+
+
+INEXACT = {
+    "bytes before it": lambda whole: OTHER + whole,
+    "bytes behind it": lambda whole: whole + b"PK",
+    "a comment": lambda whole: rerecorded(whole, "end", 20, "<H", 4) + b"PK\5\6",
+    "bytes before its end": lambda whole: whole[:-ENDS] + b"more" + whole[-ENDS:],
+    "bytes between its records": lambda whole: whole[:-END] + b"more" + whole[-END:],
+    "two directories": lambda whole: with_two_directories(OTHER, whole),
+    "directory elsewhere": lambda whole: rerecorded(whole, "end of zip64", 48, "<Q", 64),
+    "directory of another size": lambda whole: rerecorded(whole, "end of zip64", 40, "<Q", 64),
+    "fewer entries than it has": lambda whole: rerecorded(whole, "end of zip64", 32, "<Q", 2),
+    "record elsewhere": lambda whole: rerecorded(whole, "locator", 8, "<Q", 64),
+    "no record": lambda whole: rerecorded(whole, "end of zip64", 0, "<L", 0),
+}
+
+
+@pytest.mark.parametrize("kind", INEXACT)
+def test_archive_that_does_not_end_exactly_is_refused(path, kind):
+    """Python looks for the directory where it ends, PyTorch where the records say."""
+    path.write_bytes(INEXACT[kind](SMALL))
+    with open(path, "rb") as file, pytest.raises((pickle.UnpicklingError, zipfile.BadZipFile)):
+        check_claims(file)
+
+
+# --- the older format's storages ---
+
+
+def legacy(content: object, path: Path) -> bytes:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path.read_bytes()
+
+
+def test_storage_of_two_sizes_is_refused(path):
+    """Only the first counts for PyTorch."""
+    weight = torch.arange(300.0)
+    whole = legacy({"state_dict": {"a": weight, "b": weight[:1]}}, path)
+    count = pickle.BININT2 + struct.pack("<H", 300)
+    path.write_bytes(whole.replace(count, pickle.BININT2 + struct.pack("<H", 65535), 1))
+    with pytest.raises(InputError, match="two sizes"):
+        load_checkpoint(path)
+
+
+def test_storage_of_two_types_is_refused(path):
+    """Though both are of as many bytes as the archive has."""
+    state_dict = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(4, dtype=torch.float32)}
+    entries = members(archive_of({"state_dict": state_dict}))
+    entries["archive/data.pkl"] = entries["archive/data.pkl"].replace(b"\1\0\0\x001", b"\1\0\0\x000")
+    path.write_bytes(packed(list(entries.items())))
+    with pytest.raises(InputError, match="two sizes"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("keys", [[], ["1"], [0], "0", {"0": 1}, [["0"]], "twice", "tuple"], ids=str)
+def test_storages_that_are_not_those_listed_are_refused(path, keys):
+    """PyTorch makes what is named, and reads what is listed."""
+    whole = legacy({"state_dict": {"a": torch.ones(2)}}, path)
+    start = whole.rindex(pickle.PROTO + b"\2")
+    file = io.BytesIO(whole[start:])
+    listed = pickle.load(file)
+    keys = {"twice": listed * 2, "tuple": tuple(listed)}.get(keys, keys) if isinstance(keys, str) else keys
+    path.write_bytes(whole[:start] + pickle.dumps(keys, protocol=2) + file.read())
+    with pytest.raises(InputError, match="lists"):
+        load_checkpoint(path)
+
+
+def test_storage_without_its_bytes_is_refused(path):
+    whole = legacy({"state_dict": {"a": torch.ones(200), "b": torch.ones(200)}}, path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match="another size"):
+        load_checkpoint(path)
+
+
+# --- what is shared ---
+
+
+def shared(levels: int) -> object:
+    """Two of the same in two of the same ...: ``2**levels`` values where they are gone through one by one."""
+    value: object = {"a": 1.0}
+    for _ in range(levels):
+        value = {"a": value, "b": value}
+    return value
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_values_are_counted_wherever_they_are_shared(path, as_zip):
+    """22 levels would be gone through four million times."""
+    torch.save({"state_dict": WEIGHTS, "extra": shared(10)}, path, _use_new_zipfile_serialization=as_zip)
+    assert load_checkpoint(path)["extra"] == shared(10)
+    for extra in (shared(22), [shared(18)] * 8, (shared(18),) * 8):
+        torch.save({"state_dict": WEIGHTS, "extra": extra}, path, _use_new_zipfile_serialization=as_zip)
+        with pytest.raises(InputError, match="values"):
+            load_checkpoint(path)
+
+
+def nested(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_levels_are_counted_through_what_is_shared(path):
+    """In whatever order it comes."""
+    torch.save({"state_dict": WEIGHTS, "extra": nested(40)}, path)
+    assert load_checkpoint(path)["extra"] == nested(40)
+    steps = [nested(30)]
+    for _ in range(3):
+        value = steps[-1]
+        for _ in range(15):
+            value = [value]
+        steps.append(value)
+    for extra in (nested(60), nested(400), steps):
+        torch.save({"state_dict": WEIGHTS, "extra": extra}, path)
+        with pytest.raises(InputError, match="levels"):
+            load_checkpoint(path)
+
+
+def test_what_holds_itself_is_refused(path):
+    loop: list = []
+    loop += [loop, loop]
+    torch.save({"state_dict": WEIGHTS, "extra": loop}, path)
+    with pytest.raises(InputError, match="itself"):
+        load_checkpoint(path)

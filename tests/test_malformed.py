@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import contents, run_convert, run_ncf
 from helpers_fuzz import assert_refused, no_hang
 from helpers_split import tiny_split
@@ -18,6 +19,9 @@ from test_dataset import COMMANDS, with_command
 from test_fuzz import HEADERS, ratings
 
 from dataset import CSV_FILES, PICKLE, write_pickle
+from distiller.checkpoint import load_checkpoint, save_checkpoint
+from distiller.cli import InputError
+from distiller.files import read_yaml
 from flags import OF_EACH_START, build_parser
 
 pytestmark = pytest.mark.usefixtures("in_empty_directory")
@@ -225,3 +229,91 @@ def test_split_that_would_run_a_command(where):
     Path("split", PICKLE).write_bytes(with_command(tiny_split(), where, Path("marker")))
     assert_refused(run_ncf("split", "-o", "out"), "ncf.py")
     assert [path.name for path in Path(".").iterdir()] == ["split"]
+
+
+# --- numbers out of all proportion ---
+
+SIXTIES = "1:" * 100_000 + "1"
+LONG = {
+    "as it is": f"gamma: {SIXTIES}",
+    "with a tag": f"gamma: !!int {SIXTIES}",
+    "with a tag, quoted": f'gamma: !!int "{SIXTIES} "',
+    "with a tag, in another form": f'gamma: !<tag:yaml.org,2002:int> "{SIXTIES} "',
+    "with a tag by another handle": f'%TAG !y! tag:yaml.org,2002:\n---\ngamma: !y!int "{SIXTIES} "',
+    "with spaces in it": 'gamma: !!int "' + "1: " * 100_000 + '1"',
+    "as whatever it looks like": f'gamma: ! "{SIXTIES}\\n"',
+    "as a block": f"gamma: ! |\n  {SIXTIES}\n",
+    "of digits": "gamma: " + "9" * 5000,
+    "of underscores": "gamma: 1" + "_" * 5000,
+    "with a fraction": f'gamma: !!float "{SIXTIES} "',
+    "as a key": f'? !!int "{SIXTIES} "\n: 1',
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_number_in_yaml_is_refused(kind):
+    """Before it is made: that takes time with the square of its length."""
+    Path("x.yaml").write_text(LONG[kind])
+    with no_hang(), pytest.raises(InputError, match=r"a (word|number) of \d+ characters"):
+        read_yaml("x.yaml", "--compress")
+
+
+SAME_HASH = [k * ((1 << 61) - 1) << (61 * power) for power in (1, 2, 20) for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("form", ["{}", "{:#x}", "{:#b}", "{:#o}", "-{}", '!!int "{}"', "{:_}"])
+def test_keys_of_one_hash_in_yaml_are_refused(form):
+    """Before a map is made of them: that takes time with the square of their number."""
+    assert len({hash(key) for key in SAME_HASH}) == 1
+    for key in SAME_HASH:
+        text = form.format(key) if form != "{:#o}" else f"0{key:o}"
+        Path("x.yaml").write_text(f"{{{text}: 1}}")
+        with pytest.raises(InputError, match=r"a (word|number) of"):
+            read_yaml("x.yaml", "--compress")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        (1 << 63) - 1,
+        -(10**17),
+        0.1 + 0.2,
+        -1.2345678901234567e-300,
+        "9" * 5000,
+        "1 " * 5000,
+        "2" * 20,
+        "x" * 999,
+    ],
+    ids=lambda value: repr(value)[:25],
+)
+def test_numbers_of_use_and_texts_of_digits_in_yaml_are_read(value):
+    """As they were written."""
+    Path("x.yaml").write_text(yaml.safe_dump({"value": value}))
+    if isinstance(value, str) and len(value) == 5000:
+        with pytest.raises(InputError, match="a word of 5000"):
+            read_yaml("x.yaml", "--compress")
+    else:
+        assert read_yaml("x.yaml", "--compress") == {"value": value}
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_keys_of_one_hash_in_a_checkpoint_are_refused(as_zip):
+    """Likewise; those of 64 bits are read."""
+    weights = {"a": torch.ones(1)}
+    save_checkpoint("x", {"state_dict": weights, "extra": {(1 << 64) - 1: 1, -(1 << 63): 2, 0.5: 3}})
+    assert load_checkpoint("x")["extra"] == {(1 << 64) - 1: 1, -(1 << 63): 2, 0.5: 3}
+    for key in SAME_HASH:
+        Path("x").write_bytes(saved({"state_dict": weights, "extra": {key: 1}}, as_zip))
+        with pytest.raises(InputError, match="a key of"):
+            load_checkpoint("x")
+
+
+@pytest.mark.parametrize("code", ["p", "g"])
+def test_pickle_that_remembers_under_long_numbers_is_refused(code):
+    """Likewise: the numbers are keys of a map too, and PyTorch does not read them."""
+    whole = saved({"state_dict": {"a": torch.ones(1)}}, as_zip=False)
+    start = whole.index(b"state_dict") - 5
+    text = f"{code}{SAME_HASH[0]}\n".encode()
+    Path("x").write_bytes(whole[:start] + b"Np" + text[1:] + (text if code == "g" else b"") + whole[start:])
+    with pytest.raises(InputError, match="no pickle of plain values"):
+        load_checkpoint("x")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import run_ncf
+from helpers_fuzz import no_hang
 from helpers_quant import all_pairs, small_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -193,6 +194,7 @@ MALFORMED = {
     "quantizer's class is a list": content({}) | {"quantizers": {"aware": {"class": ["a"]}}},
     "unknown scheduler": content(schedulers={"decay": {"class": "NoSuchLR"}}),
     "class that is no scheduler": content(schedulers={"decay": {"class": "Optimizer"}}),
+    "scheduler's other name": content(schedulers={"decay": {"class": "_LRScheduler"}}),
     "function": content(schedulers={"decay": {"class": "warn"}}),
     "module's attribute": content(schedulers={"decay": {"class": "__builtins__"}}),
     "class that is a list": content(schedulers={"decay": {"class": ["StepLR"]}}),
@@ -255,6 +257,12 @@ MALFORMED = {
     "policies: [{quantizer: {instance_name: a}, ending_epoch: .inf}]",
     "frequency is a list": when(starting_epoch=0, ending_epoch=2, frequency=[1]),
     "frequency is text": when(starting_epoch=0, ending_epoch=2, frequency="always"),
+    "end beyond all epochs": when(starting_epoch=0, ending_epoch=1_000_000_000_000),
+    "end beyond what a range can count": when(starting_epoch=0, ending_epoch=(1 << 63) + 1),
+    "end of 20 digits": when(starting_epoch=0, ending_epoch=99999999999999999999),
+    "start beyond all epochs": when(starting_epoch=1 << 32, ending_epoch=1 << 33),
+    "frequency beyond all epochs": when(starting_epoch=0, ending_epoch=2, frequency=1 << 32),
+    "epoch beyond all": when(epochs=[0, 1 << 32]),
     "unknown key of a policy": when(starting_epoch=0, ending_epoch=2, every=1),
 }
 
@@ -353,6 +361,20 @@ def test_arguments_that_a_scheduler_refuses(kind):
     assert "decay" in str(error.value)
 
 
+@pytest.mark.parametrize("kind", [NotImplementedError, RuntimeError, AssertionError, RecursionError])
+def test_scheduler_that_cannot_be_made(kind, monkeypatch):
+    """Whatever PyTorch's class raises, with a message or without."""
+
+    class Fails(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer):
+            raise kind
+
+    monkeypatch.setattr(torch.optim.lr_scheduler, "Fails", Fails, raising=False)
+    with pytest.raises(InputError, match=f"decay: {kind.__name__}") as error:
+        loaded(content(schedulers={"decay": {"class": "Fails"}})).bind(optimizer_of(1.0))
+    check_refusal(error.value)
+
+
 BAD_STEPS = {
     "step of 0": {"class": "StepLR", "step_size": 0},
     "factor of text": {"class": "ExponentialLR", "gamma": "half"},
@@ -399,6 +421,19 @@ def test_arguments_that_the_quantizer_refuses(kind):
 
 
 # --- when it acts ---
+
+
+@pytest.mark.parametrize(
+    "epochs", [{"starting_epoch": 1, "ending_epoch": 1 << 31}, {"epochs": [5, 1, 3, 1]}], ids=str
+)
+def test_quantizer_acts_from_its_first_epoch_however_many_follow(epochs):
+    """Two billion of them are not gone through to find it; a list may come in any order."""
+    schedule, model = loaded(when(**epochs)), small_model(1)
+    with no_hang():
+        schedule.epoch_begin(0, model)
+        assert not is_quantization_aware(model)
+        schedule.epoch_begin(1, model)
+        assert is_quantization_aware(model)
 
 
 def scheduled(scheduler: dict, **epochs) -> CompressionSchedule:

@@ -115,7 +115,7 @@ def named(layer: str, tensor: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "layer"),
+    ("text", "place"),
     [
         ("", None),
         ("# nothing\n", None),
@@ -151,19 +151,20 @@ def named(layer: str, tensor: str) -> str:
         (named("mlp.0", "{min: true, max: 1}"), "mlp.0"),
         (named("mlp.0", "{min: [0], max: 1}"), "mlp.0"),
         (named("mlp.0", "{min: {}, max: 1}"), "mlp.0"),
-        (named("mlp.0", f"{{min: 0, max: 1{'0' * 400}}}"), "mlp.0"),
+        (named("mlp.0", f"{{min: 0, max: 1{'0' * 18}1}}"), "line 2"),
+        (named("mlp.0", f"{{min: 0, max: 1{'0' * 400}}}"), "line 2"),
         (named("mlp.0", "{column_max: 1 2 three}"), "mlp.0"),
         (named("mlp.0", "{column_max: 1 2 nan}"), "mlp.0"),
         (named("mlp.0", "{column_max: 1 2 1e39}"), "mlp.0"),
         (named("mlp.0", "{column_max: [1, 2]}"), "mlp.0"),
         (named("mlp.0", "{column_max: ''}"), "mlp.0"),
-        (named("mlp.0", f"{{min: 0, max: 1{'0' * 6000}}}"), None),
+        (named("mlp.0", f"{{min: 0, max: 1{'0' * 6000}}}"), "line 2"),
         ("[" * 20000, None),
         ("a: " * 3 + "{" * 5000, None),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_statistics_file_is_an_input_error(text, layer, path):
+def test_what_is_no_statistics_file_is_an_input_error(text, place, path):
     path.write_text(text)
     with pytest.raises(InputError) as caught:
         load_statistics(path)
@@ -171,8 +172,8 @@ def test_what_is_no_statistics_file_is_an_input_error(text, layer, path):
     assert str(path) in message
     assert "--qe-stats-file" in message
     assert "\n" not in message
-    if layer:
-        assert layer in message
+    if place:
+        assert place in message
 
 
 def test_bytes_that_are_no_text_are_an_input_error(path):

@@ -1,0 +1,83 @@
+"""PyTorch's zip archives, taken for what they are only where Python and PyTorch cannot read them differently."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zipfile
+from typing import BinaryIO
+
+# The records that end an archive, PyTorch's nearly always with those of zip64.
+END = struct.Struct("<4s4H2LH")
+LOCATOR_64 = struct.Struct("<4sLQL")
+END_64 = struct.Struct("<4sQ2H2L4Q")
+LOCATOR_64_START, END_64_START = b"PK\x06\x07", b"PK\x06\x06"
+EXTRA = struct.Struct("<2H")  # the kind and the length of what else a directory says of an entry
+ZIP64 = 1
+
+
+def read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
+    """Read the pickle of a checkpoint in an open file of so many bytes.
+
+    Returns:
+        The pickle, and the bytes of every storage by its key.
+
+    Raises:
+        pickle.UnpicklingError: no archive of PyTorch's, or one that unpacks to more than the file has.
+        Exception: nearly any other, where it is damaged.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        packed = any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size
+            for entry in entries
+        )
+        if packed or sum(entry.file_size for entry in entries) > size:
+            raise pickle.UnpicklingError("it unpacks to more than the file has")
+        sizes = {entry.filename: entry.file_size for entry in entries}
+        roots = {name.partition("/")[0] for name in sizes}
+        if len(roots) != 1 or not _names_are_plain(entries) or not _ends_exactly(file, size, archive):
+            raise pickle.UnpicklingError("it is no archive of PyTorch's")
+        (root,) = roots
+        content = archive.read(f"{root}/data.pkl")
+    start = f"{root}/data/"
+    held = {name.removeprefix(start): size for name, size in sizes.items() if name.startswith(start)}
+    return content, held
+
+
+def _names_are_plain(entries: list[zipfile.ZipInfo]) -> bool:
+    """Whether every entry has one name for every reader: PyTorch's does not tell upper case from lower."""
+    names = [entry.orig_filename for entry in entries]
+    plain = all(name.isascii() and name.isprintable() and "\\" not in name for name in names)
+    return (
+        plain and len({name.lower() for name in names}) == len(names) and all(map(_extra_is_plain, entries))
+    )
+
+
+def _extra_is_plain(entry: zipfile.ZipInfo) -> bool:
+    """Whether the directory says no more of an entry than its sizes, once. Other kinds give it a second name."""
+    if not entry.extra:
+        return True
+    return len(entry.extra) > EXTRA.size and EXTRA.unpack_from(entry.extra) == (
+        ZIP64,
+        len(entry.extra) - EXTRA.size,
+    )
+
+
+def _ends_exactly(file: BinaryIO, size: int, archive: zipfile.ZipFile) -> bool:
+    """Whether the directory is where the records at the file's end say, right before them, and whole.
+
+    Python looks for it there, PyTorch where the records say.
+    """
+    file.seek(-(END_64.size + LOCATOR_64.size + END.size), os.SEEK_END)
+    end_64, locator, end = (file.read(record.size) for record in (END_64, LOCATOR_64, END))
+    *_, count, length, start, _ = END.unpack(end)
+    stop = size - END.size
+    if locator.startswith(LOCATOR_64_START):
+        stop -= LOCATOR_64.size + END_64.size
+        signature, *_, count, length, start = END_64.unpack(end_64)
+        if signature != END_64_START or LOCATOR_64.unpack(locator)[2] != stop:
+            return False
+    exact = start + length == stop and start == archive.start_dir
+    return exact and count == len(archive.infolist()) and not archive.comment
