@@ -61,7 +61,7 @@ def branch_args(args: Namespace, branch: str) -> Namespace:
     directory = Path(args.out_dir) / branch
     own = {
         "out_dir": str(directory),
-        "epochs": args.pretrain,
+        "epochs": dict(zip(BRANCHES, args.pretrain, strict=True))[branch],
         "learning_rate": args.pretrain_rate,
         "resume": args.resume and (directory / recording.CHECKPOINT).exists(),
         # A branch that was stopped before its first checkpoint begins again.

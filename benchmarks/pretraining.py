@@ -22,6 +22,7 @@ from dataset import Split, described, load_split
 from distiller.checkpoint import load_checkpoint
 from distiller.cli import InputError, run
 from distiller.tables import markdown_table
+from flags import PRETRAIN_EPOCHS
 from machine import machine
 from recording import CHECKPOINT, CONFIG, LOG, RESULTS
 
@@ -53,7 +54,7 @@ class Figures:
 def words(split: Path, out: Path, seed: int, args: argparse.Namespace) -> list[object]:
     """What trains a seed's model, after ``ncf.py``."""
     rates = ["-l", args.learning_rate, "-e", args.epochs]
-    branches = ["--pretrain", args.pretrain, "--pretrain-rate", args.pretrain_rate]
+    branches = ["--pretrain", *args.pretrain, "--pretrain-rate", args.pretrain_rate]
     samples = ["-n", args.negative_samples, "--l2", args.l2]
     common = recipe.common_flags(split, seed, args)
     return [*common, *samples, *branches, *rates, "--overwrite", "-o", out]
@@ -138,7 +139,8 @@ def parse_args() -> argparse.Namespace:
         "pretraining.py", __doc__.split("\n\n")[0], "run/pretraining", [1, 2, 3], epochs=3
     )
     add = parser.add_argument
-    add("--pretrain", type=int, default=10, help="epochs of each branch (default: %(default)s)")
+    epochs = "epochs of GMF and MLP (default: %(default)s)"
+    add("--pretrain", type=int, nargs=2, default=PRETRAIN_EPOCHS, metavar="EPOCHS", help=epochs)
     add("--pretrain-rate", type=float, default=0.001, help="(default: %(default)s)")
     add("--negative-samples", type=int, default=4, help="(default: %(default)s)")
     add("--l2", type=float, default=0.0, help="(default: %(default)s)")

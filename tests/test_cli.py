@@ -149,6 +149,8 @@ FLAGS_OUT_OF_RANGE = [
     (["--split-final", "-f", "0"], "--split-final"),
     (["--pretrain", "0"], "--pretrain"),
     (["--pretrain", "few"], "--pretrain"),
+    (["--pretrain", "2", "0"], "--pretrain"),
+    (["--pretrain", "1", "2", "3"], "--pretrain"),
     (["--pretrain-rate", "0.1"], "--pretrain"),
     (["--pretrain", "--pretrain-rate", "0"], "--pretrain-rate"),
     (["--pretrain", "--pretrain-rate", "nan"], "--pretrain-rate"),

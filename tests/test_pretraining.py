@@ -415,6 +415,13 @@ def test_validated_branches_never_see_the_test_items(train):
     assert json.loads(Path("report.json").read_text())["model"]["validate"] is True
 
 
+def test_each_branch_has_its_own_epochs(train):
+    """Also where the run is gone on with."""
+    train(*SIZES, "-s", 1, "-e", 1, "--pretrain", 1, 2, "--max-steps", STEPS + 5, "-o", "run")
+    train("--resume", "-o", "run")
+    assert [steps_of(f"run/{stage}") for stage in ("gmf", "mlp", ".")] == [STEPS, 2 * STEPS, STEPS]
+
+
 def test_threshold_and_schedule_are_the_joined_runs(train):
     """They end and change its training alone."""
     Path("schedule.yaml").write_text(
@@ -468,7 +475,7 @@ def test_damaged_branch_is_named(ncf, split_dir, train):
 
 # --- the table ---
 
-TABLE = ["--layers", 8, 6, 4, "--factors", 4, "--batch-size", 256, "--pretrain", 1, "--epochs", 2]
+TABLE = ["--layers", 8, 6, 4, "--factors", 4, "--batch-size", 256, "--pretrain", 1, 1, "--epochs", 2]
 
 
 def make_table(split_dir: Path, *flags: object) -> tuple[dict[str, list[str]], str]:
