@@ -304,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("baselines.py", main))
+    sys.exit(run("baselines.py", main, "smaller --factors and --neighbours take less"))

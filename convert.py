@@ -312,4 +312,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("convert.py", main))
+    sys.exit(run("convert.py", main, "a smaller -n/--negatives takes less"))
