@@ -1,4 +1,4 @@
-"""Errors of files that are open already, which do not say of what file they are."""
+"""Files' names: in errors of open files, which do not have them, and as text where they have bytes that are none."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def errors_named(name: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(name)) from error
+
+
+def shown(name: str) -> str:
+    """A name as it can be printed and drawn: lone surrogates, Python's form of bytes that are no text, are escaped."""
+    return name.encode(errors="backslashreplace").decode()

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
-from .naming import errors_named
+from .naming import errors_named, shown
 
 STDOUT = "standard output"
 
 
 class _Output:
-    """A text stream whose errors name standard output; names of files with bytes that are no text are escaped."""
+    """A text stream whose errors name standard output, and which is given names as they can be shown."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -26,7 +26,7 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             with errors_named(STDOUT):
-                return self._stream.write(text.encode(errors="backslashreplace").decode())
+                return self._stream.write(shown(text))
         except UnicodeEncodeError as error:
             reason = f"its encoding, {error.encoding}, has no {error.object[error.start]!a}"
             raise OSError(errno.EILSEQ, reason, STDOUT) from error
