@@ -108,8 +108,9 @@ class ALS:
 
         settings = asdict(self)
         seed = settings.pop("seed")
-        # Its threads solve small systems each, and would wait for those that BLAS starts for every one.
-        with threadpool_limits(1, "blas"):
+        # Its threads solve small systems each, and would wait for those that BLAS starts for every one. Of what
+        # overflows it is said that there is no solution.
+        with threadpool_limits(1, "blas"), np.errstate(over="ignore", invalid="ignore"):
             model = AlternatingLeastSquares(**settings, random_state=seed)
             try:
                 model.fit(interactions(split))
@@ -306,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("baselines.py", main))
+    sys.exit(run("baselines.py", main, "smaller --factors and --neighbours take less"))

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from distiller.cli import ArgumentParser, InputError, run
-from evaluation import values_of_ranks
+from evaluation import sorted_rows, values_of_ranks
 from evidence import BOOTSTRAP_SEED, Evidence, read_report
 from significance import bootstrap_interval_of_few, mcnemar
 
 COLUMNS = ("", "A", "B", "B - A", "95 % interval", "only A hits", "only B hits", "McNemar's p")
+ITEMS_AT_ONCE = 1 << 20  # of both models' lists: 16 MB
 
 
 def conditions(evidence: Evidence) -> dict[str, Any]:
@@ -53,9 +55,17 @@ def overlaps(a: Tensor, b: Tensor, k: int) -> np.ndarray:
         k: How many of them.
     """
     a, b = a[:, :k], b[:, :k]
-    shared = ((a[:, :, None] == b[:, None, :]) & (a[:, :, None] >= 0)).sum((1, 2))
+    users = max(1, ITEMS_AT_ONCE // k)
+    blocks = zip(a.split(users), b.split(users), strict=True)
+    shared = torch.cat([shared_items(of_a, of_b) for of_a, of_b in blocks])
     lengths = (a >= 0).sum(1).minimum((b >= 0).sum(1))
     return (shared / lengths).double().numpy()
+
+
+def shared_items(a: Tensor, b: Tensor) -> Tensor:
+    """How many items each row of ``a`` has in common with that of ``b``, (B,) int64; in a list each stands once."""
+    both = sorted_rows(torch.cat([a, b], dim=1))
+    return ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
 
 
 def rows_at(a: Evidence, b: Evidence, k: int) -> list[tuple[str, ...]]:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dataset import CSV_FILES, NEGATIVE, PICKLE, TEST, TRAIN, Split, building, id_dtype, write_pickle
 from distiller.cli import ArgumentParser, InputError, run
 from distiller.files import atomic_write, file_digest
+from distiller.naming import errors_named
 from distiller.tables import read_columns
 from sampling import UnseenItems
 from titles import TITLES, movies_beside, read_titles, write_titles
@@ -61,7 +62,7 @@ def sniff_format(path: Path) -> tuple[str, bool]:
     Raises:
         InputError: the first line is none of MovieLens's.
     """
-    with open(path, "rb") as file:
+    with errors_named(path), open(path, "rb") as file:
         first = file.readline(1024).decode(errors="replace").rstrip("\r\n")
     if first == CSV_HEADER:
         return ",", True
@@ -312,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run("convert.py", main))
+    sys.exit(run("convert.py", main, "a smaller -n/--negatives takes less"))

@@ -16,12 +16,13 @@ from calibrating import calibrate, draw_activation_histograms
 from dataset import load_split
 from devices import choose_device
 from distiller.cli import InputError, run
-from distiller.memory import out_of_memory_named
 from evaluating import evaluate_checkpoint
 from evaluation import nb_ranked
 from flags import PROG, asks_for_split, parse_args
 from processes import Processes, join_processes, leave_processes
 from running import train_whole
+
+LESS_MEMORY = "smaller -b/--batch-size, -f/--factors or --layers take less"
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         )
     check_processes(args, processes)
     own = recording.run_directory(args.out_dir, args.name) if processes.first else nullcontext()
-    with own as directory, out_of_memory_named():
+    with own as directory:
         if args.qe_calibration:
             calibrate(args, split, device, directory)
         elif args.activation_histograms:
@@ -77,4 +78,4 @@ def check_processes(args: Namespace, processes: Processes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(PROG, main))
+    sys.exit(run(PROG, main, LESS_MEMORY))

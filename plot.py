@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from distiller.cli import ArgumentParser, InputError, run
+from distiller.naming import errors_named, shown
 from pictures import save
 from recording import CONFIG, RESULTS, require_matplotlib
 
@@ -34,6 +34,7 @@ SETTINGS = {
     "learning_rate": "learning rate {}",
 }
 HEIGHT = 4.2  # inches
+LARGEST = 1e100  # far beyond any loss
 # Blue and orange, which every kind of colour vision tells apart.
 HR_COLOR, NDCG_COLOR, SIZE_COLOR = "tab:blue", "tab:orange", "0.6"
 
@@ -90,8 +91,9 @@ def read_run(directory: Path) -> Run:
 def read_json(path: Path) -> Any:
     """A JSON file's content; an ``InputError`` where it is something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with errors_named(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {' '.join(str(error).split())}") from error
 
 
@@ -99,25 +101,34 @@ def read_columns(path: Path, columns: Mapping[str, type]) -> list[tuple]:
     """Rows of some columns of a CSV file with a header, at least one.
 
     Raises:
-        InputError: it lacks a column or a row, or has something that is no finite number.
+        InputError: it lacks a column or a row, or has something that is no number to be drawn.
+        OSError: it cannot be read.
     """
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    rows = []
+    with errors_named(path), open(path, newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
-        for name in columns:
-            if name not in (reader.fieldnames or []):
-                raise InputError(f"{path}: no column {name}")
-        rows = []
-        for row in reader:
-            try:
+        try:
+            for name in columns:
+                if name not in (reader.fieldnames or []):
+                    raise InputError(f"{path}: no column {name}")
+            for row in reader:
                 rows.append(tuple(kind(row[name]) for name, kind in columns.items()))
-                finite = all(map(math.isfinite, rows[-1]))
-            except (TypeError, ValueError, OverflowError) as error:
-                raise InputError(f"{path}:{reader.line_num}: a row that is no epoch's") from error
-            if not finite:
-                raise InputError(f"{path}:{reader.line_num}: a value that is not finite")
+                if not all(map(is_drawable, rows[-1])):
+                    raise InputError(
+                        f"{path}:{reader.reader.line_num}: a value that is not finite or beyond {LARGEST:g}"
+                    )
+        except InputError:
+            raise
+        except (csv.Error, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}:{reader.reader.line_num}: a row that is no epoch's") from error
     if not rows:
         raise InputError(f"{path}: no epochs yet")
     return rows
+
+
+def is_drawable(value: float) -> bool:
+    """Whether a number is finite, and not so large that matplotlib's ticks overflow."""
+    return abs(value) <= LARGEST
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
@@ -127,14 +138,14 @@ def names_of(directories: Sequence[Path]) -> list[str]:
         InputError: two are the same.
     """
     if len(directories) == 1:
-        return [directories[0].resolve().name]
+        return [shown(directories[0].resolve().name)]
     parts = [path.resolve().parts for path in directories]
     if len(set(parts)) < len(parts):
         raise InputError("RUN: one directory is there twice")
     for end in (0, -1):
         while len({path[end] for path in parts}) == 1 and min(map(len, parts)) > 1:
             parts = [path[1:] if end == 0 else path[:-1] for path in parts]
-    return ["/".join(path) for path in parts]
+    return [shown("/".join(path)) for path in parts]
 
 
 def shared_settings(runs: Sequence[Run]) -> str:
@@ -145,7 +156,7 @@ def shared_settings(runs: Sequence[Run]) -> str:
         if values[0] is not None and all(value == values[0] for value in values):
             value = values[0]
             told.append(form.format(" ".join(map(str, value)) if isinstance(value, list) else value))
-    return ", ".join(told)
+    return shown(", ".join(told))
 
 
 def draw_runs(runs: Sequence[Run], path: Path) -> None:
@@ -196,7 +207,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not is_row(row, first=number == 1):
             raise InputError(f"{path}: row {number} is none of python -m benchmarks.precision --json")
-    return rows
+    return [row | {"name": shown(row["name"])} for row in rows]
 
 
 def is_row(row: Any, first: bool) -> bool:
@@ -207,7 +218,7 @@ def is_row(row: Any, first: bool) -> bool:
             difference = row["difference"]
             low, high = difference["interval"]
             values += [difference["hr"], difference["ndcg"], low, high]
-        return isinstance(row["name"], str) and bool(row["hr"]) and all(map(math.isfinite, values))
+        return isinstance(row["name"], str) and bool(row["hr"]) and all(map(is_drawable, values))
     except (TypeError, KeyError, ValueError, OverflowError):
         return False
 
@@ -276,16 +287,28 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def draw(sources: Sequence[Path], out: Path) -> None:
+    """Draw runs, or a table alone.
+
+    Raises:
+        InputError: they are something else, or do not go together.
+    """
+    tables = [path for path in sources if path.is_file()]
+    if not tables:
+        draw_runs([read_run(path) for path in sources], out)
+    elif len(sources) == 1:
+        draw_precision(read_rows(tables[0]), out)
+    else:
+        raise InputError(f"RUN: {tables[0]} is a file: a table is drawn alone")
+
+
 def main() -> None:
     args = parse_args()
     require_matplotlib("plot.py")
-    tables = [path for path in args.sources if path.is_file()]
-    if not tables:
-        draw_runs([read_run(path) for path in args.sources], args.out)
-    elif len(args.sources) == 1:
-        draw_precision(read_rows(tables[0]), args.out)
-    else:
-        raise InputError(f"RUN: {tables[0]} is a file: a table is drawn alone")
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # names between dollars are no formulas
+        draw(args.sources, args.out)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from distiller.checkpoint import load_checkpoint, save_checkpoint
 from distiller.cli import InputError
 from distiller.files import atomic_write, file_digest, remove_parts
 from distiller.locks import LockHeldError, locked
+from distiller.naming import errors_named
 from distiller.quantization.histogram import Histogram
 from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE, PostTrainLinearQuantizer
 from distiller.quantization.saved import content_of
@@ -44,9 +45,18 @@ WEIGHT_BINS = 200  # one for every three pixels of a picture
 log = logging.getLogger("ncf")
 
 
+class _Results(logging.StreamHandler):
+    """Standard output, whose errors end the run, where logging would show a traceback and go on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            raise
+        super().handleError(record)
+
+
 def show_messages(prog: str = "ncf.py") -> None:
     """Send messages of a program and of ``distiller`` to stdout, warnings to stderr in the errors' form."""
-    results = logging.StreamHandler(sys.stdout)
+    results = _Results(sys.stdout)
     results.setFormatter(logging.Formatter("%(message)s"))
     results.addFilter(lambda record: logging.INFO <= record.levelno < logging.WARNING)
     warnings = logging.StreamHandler(sys.stderr)
@@ -267,7 +277,7 @@ class Recorder:
 
         self.directory = directory
         self.pictures = pictures
-        with self._naming_directory():
+        with errors_named(self.directory):
             self.writer = SummaryWriter(str(directory.resolve()), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> Recorder:
@@ -277,7 +287,7 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with self._naming_directory():
+            with errors_named(self.directory):
                 self.writer.close()
         except OSError:
             if kind is None:  # else it has been said already
@@ -290,23 +300,15 @@ class Recorder:
         if not issubclass(failed.exc_type, OSError):
             self._excepthook(failed)
 
-    @contextmanager
-    def _naming_directory(self) -> Iterator[None]:
-        """Make TensorBoard's errors of files name the directory, which they do not."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.directory)) from error
-
     def scalars(self, step: int, **values: float) -> None:
         """Record values against the number of training steps done."""
-        with self._naming_directory():
+        with errors_named(self.directory):
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Write TensorBoard's events out."""
-        with self._naming_directory():
+        with errors_named(self.directory):
             self.writer.flush()
 
     def epoch(self, row: Mapping[str, float]) -> None:
@@ -328,7 +330,7 @@ class Recorder:
             if not parameter.numel():  # of a branch that is left out
                 continue
             values = parameter.detach().float().cpu()
-            with self._naming_directory():
+            with errors_named(self.directory):
                 self.writer.add_histogram(f"weights/{name}", values, epoch)
             low, high = (bound.item() for bound in values.aminmax())
             histogram = Histogram(low, high, torch.histc(values, WEIGHT_BINS, low, high))
@@ -339,7 +341,7 @@ class Recorder:
         for name, entry in statistics.items():
             histogram = Histogram.from_plain(entry["output"]["histogram"])
             counts, centers = histogram.counts, histogram.centers.double()
-            with self._naming_directory():
+            with errors_named(self.directory):
                 self.writer.add_histogram_raw(
                     f"activations/{name}",
                     min=histogram.min,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distiller.cli import InputError
+from distiller.naming import errors_named
 
 # Beside the ratings: of ml-20m, 25m and 32m; of ml-1m and ml-10m; of ml-100k.
 MOVIES_FILES = ("movies.csv", "movies.dat", "u.item")
 TITLES = "titles.csv"  # in a split
 HEADER = ("movieId", "title")
+ITEM = re.compile(r"[0-9]{1,19}")  # of the digits that int64 has
 
 
 def movies_beside(ratings: Path) -> Path | None:
@@ -30,15 +33,16 @@ def read_titles(path: Path) -> dict[int, str]:
         InputError: naming file and line of what is no id or has no title.
         OSError: it cannot be read.
     """
-    content = path.read_bytes()
+    with errors_named(path):
+        content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     titles: dict[int, str] = {}
-    for number, fields in _rows(text):
+    for number, fields in _rows(path, text):
         item, title = (fields[0], fields[1].strip()) if len(fields) > 1 else ("", "")
-        if not (item.isascii() and item.isdigit() and title):
+        if not (ITEM.fullmatch(item) and title):
             raise InputError(f"{path}:{number}: no item id and title: {'|'.join(fields)[:60]!r}")
         titles[int(item)] = title
     if not titles:
@@ -46,16 +50,21 @@ def read_titles(path: Path) -> dict[int, str]:
     return titles
 
 
-def _rows(text: str) -> Iterable[tuple[int, list[str]]]:
-    """The lines' numbers and fields, of those that are not empty."""
+def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The lines' numbers and fields, of those that are not empty; an ``InputError`` where CSV is malformed."""
     first = text.partition("\n")[0]
     if first.startswith(",".join(HEADER)):
         reader = csv.reader(io.StringIO(text, newline=""))
-        next(reader)
-        return [(reader.line_num, fields) for fields in reader if fields]
+        try:
+            next(reader)
+            yield from ((reader.line_num, fields) for fields in reader if fields)
+        except csv.Error as error:
+            raise InputError(f"{path}:{reader.line_num}: {error}") from error
+        return
     delimiter = "::" if "::" in first else "|"
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, line.rstrip("\r").split(delimiter)) for number, line in lines if line.strip()]
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.rstrip("\r").split(delimiter)
 
 
 def write_titles(titles: dict[int, str], items: Iterable[int], path: Path) -> None:

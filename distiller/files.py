@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .cli import InputError
+from .naming import errors_named
 from .yaml_claims import LOADER, MAX_BYTES, check_yaml
 
 PART = ".part"  # what the names of unfinished files end in
@@ -95,10 +96,14 @@ def read_yaml(path: str | os.PathLike, flag: str) -> Any:
 
 
 def file_digest(*paths: str | os.PathLike) -> str:
-    """SHA-256 of the files' bytes, one after the other, as ``sha256:`` and 64 hexadecimal digits."""
+    """SHA-256 of the files' bytes, one after the other, as ``sha256:`` and 64 hexadecimal digits.
+
+    Raises:
+        OSError: one cannot be read; ``filename`` names it.
+    """
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
+        with errors_named(path), open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .naming import errors_named
+
 MAX_HOLDER = 300  # characters of a lock file's text that are shown
 
 
@@ -30,10 +32,10 @@ def locked(path: Path, command: str, wait: Callable[[str], object] | None = None
         LockHeldError: another process holds it.
         OSError: the file cannot be made, or locks do not work there; ``filename`` names it.
     """
-    with _naming(path):
+    with errors_named(path):
         descriptor = _acquire(path, wait)
     try:
-        with _naming(path):
+        with errors_named(path):
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             text = f"process {os.getpid()} on {platform.node()} since {since}: {command}"
             os.ftruncate(descriptor, 0)
@@ -42,15 +44,6 @@ def locked(path: Path, command: str, wait: Callable[[str], object] | None = None
     finally:
         path.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile sees that it is gone
         os.close(descriptor)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Make errors of an open file name it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _acquire(path: Path, wait: Callable[[str], object] | None) -> int:

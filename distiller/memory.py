@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
-from .cli import InputError
-
 MEMORY_ERRORS = (MemoryError, RuntimeError)  # among which ``is_out_of_memory`` tells
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, NumPy, a GPU or PyTorch's allocator on the processor, which has no error of its own, ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-@contextmanager
-def out_of_memory_named() -> Iterator[None]:
-    """Turn running out of memory into an ``InputError``."""
-    try:
-        yield
-    except MEMORY_ERRORS as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"out of memory: smaller -b/--batch-size, -f/--factors or --layers take less ({reason})"
-        ) from error
+    # ``torch.OutOfMemoryError`` by its name: not every script waits for PyTorch to be loaded.
+    of_gpu = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and (of_gpu or "DefaultCPUAllocator" in str(error))

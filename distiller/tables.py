@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import compute, csv
 
 from .cli import InputError
+from .naming import errors_named
 
 WHOLE_NUMBER = re.compile(rb"-?[0-9]+")
 
@@ -40,6 +41,7 @@ def read_columns(
     """
     separator = delimiter
     with ExitStack() as stack:
+        stack.enter_context(errors_named(path))
         # Not the file's name, by which Arrow would unpack it.
         source: BinaryIO = stack.enter_context(open(path, "rb"))
         # Arrow's delimiter is one character; the two-character one of ml-1m is replaced in memory.

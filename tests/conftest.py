@@ -49,7 +49,7 @@ class Outcome:
 Script = Callable[..., Outcome]
 
 
-def call(prog: str, main: Callable[[], None], arguments: tuple) -> Outcome:
+def call(prog: str, main: Callable[[], None], arguments: tuple, less_memory: str = "") -> Outcome:
     """Run a script's ``main`` as its last lines do, with ``arguments`` as its command line."""
     out, err = io.StringIO(), io.StringIO()
     argv, sys.argv = sys.argv, [prog, *map(str, arguments)]
@@ -57,7 +57,7 @@ def call(prog: str, main: Callable[[], None], arguments: tuple) -> Outcome:
     try:
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                code = run(prog, main)
+                code = run(prog, main, less_memory)
             except SystemExit as stop:
                 code = stop.code
     finally:
@@ -79,7 +79,7 @@ def close_logs() -> None:
 
 def run_ncf(*arguments: object) -> Outcome:
     """``ncf.py`` in this process."""
-    return call("ncf.py", ncf.main, arguments)
+    return call("ncf.py", ncf.main, arguments, ncf.LESS_MEMORY)
 
 
 def run_convert(*arguments: object) -> Outcome:

@@ -229,9 +229,11 @@ def test_bad_flag_is_named(split_dir, flags, named):
     assert f"baselines.py: error: {named}" in outcome.err or f"argument {named}" in outcome.err
 
 
-def test_weight_without_a_solution_is_named(split_dir):
-    """Where float32 cannot hold what is solved."""
-    outcome = run_baselines(split_dir, "--methods", "als", "--alpha", 1e38)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("flags", [["--alpha", 1e38], ["--alpha", 1e300], ["--regularization", 1e300]])
+def test_weight_without_a_solution_is_named(split_dir, flags):
+    """Where float32 cannot hold what is solved; NumPy's warnings say nothing beside it."""
+    outcome = run_baselines(split_dir, "--methods", "als", *flags)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith("baselines.py: error: --alpha")
 

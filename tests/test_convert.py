@@ -438,6 +438,12 @@ def test_missing_file_and_directory_in_its_place_are_refused(convert, contents, 
     assert_refused_without_a_trace(convert, contents, split_dir, tmp_path, [path], str(path))
 
 
+def test_file_that_opens_and_cannot_be_read_is_named(convert, contents, split_dir, tmp_path):
+    """Reading has errors of its own, without the file's name."""
+    path = "/proc/self/mem"  # without the memory at 0
+    assert_refused_without_a_trace(convert, contents, split_dir, tmp_path, [path], f"{path}: Input/output")
+
+
 @pytest.mark.parametrize(
     "rows",
     [

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
+import tracemalloc
+import zipfile
+from contextlib import redirect_stdout
 from itertools import permutations
 from pathlib import Path
 from statistics import mean
@@ -18,7 +23,7 @@ from hypothesis import strategies as st
 
 import compare
 from dataset import load_split
-from distiller.cli import InputError
+from distiller.cli import InputError, run
 from distiller.files import file_digest
 from evaluation import Places, values_of_ranks
 from evidence import by_popularity, popularity_thirds, protocol_of, read_report, ties_at, values_over_ties
@@ -162,6 +167,31 @@ def test_overlap_of_lists_that_are_not_full():
     assert compare.overlaps(a, b, 1).tolist() == [0, 0]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.data())
+def test_overlaps_are_those_of_sets(k, data):
+    """In blocks of users, also of one user at a time."""
+    lists = st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True)
+    a, b = (data.draw(st.lists(lists, min_size=3, max_size=3)) for _ in range(2))
+    expected = [len(set(x[:k]) & set(y[:k])) / min(k, len(x), len(y)) for x, y in zip(a, b, strict=True)]
+    a, b = (torch.tensor([row + [-1] * (6 - len(row)) for row in rows]) for rows in (a, b))
+    for at_once in (1, 2 * k, compare.ITEMS_AT_ONCE):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compare, "ITEMS_AT_ONCE", at_once)
+            assert compare.overlaps(a, b, k).tolist() == pytest.approx(expected)
+
+
+def test_long_lists_take_no_more_than_a_block(monkeypatch):
+    """Of a thousand items each, a few users at a time."""
+    seen = []
+    shared = compare.shared_items
+    monkeypatch.setattr(compare, "shared_items", lambda a, b: seen.append(a.numel()) or shared(a, b))
+    lists = torch.arange(1000).expand(3000, -1)
+    assert compare.overlaps(lists, lists, 1000).tolist() == [1.0] * 3000
+    assert len(seen) > 1
+    assert max(seen) <= compare.ITEMS_AT_ONCE
+
+
 def edited(name: str, change) -> None:
     """The report a.json under another name, with a change."""
     content = json.loads(Path("a.json").read_text())
@@ -185,6 +215,16 @@ def edited(name: str, change) -> None:
         (lambda c: c.update(data=[]), "not a whole report"),
         (lambda c: c["users"].update(digest="sha256:0"), "another digest"),
         (lambda c: c["users"].update(file="gone.npz"), "gone.npz"),
+        (lambda c: c["users"].update(file="a\0b"), "b.json: not a whole report: users.file"),
+        (lambda c: c["users"].update(file="\ud800"), "b.json: not a whole report: users.file"),
+        (lambda c: c["users"].update(file=""), "directory"),
+        (lambda c: c["users"].update(file=["a.npz"]), "no users.file"),
+        (lambda c: c["data"].update(users=float("inf")), "no data.users"),
+        (lambda c: c["data"].update(users=0), "0 users"),
+        (lambda c: c["data"].update(users=10**4000), "users"),
+        (lambda c: c["protocol"].update(deep=[[]]), "a protocol of lists"),
+        (lambda c: c.update(metrics=[10] * 2000), "no metrics by cut-off"),
+        (lambda c: c.update(metrics={"10": {}, "010": {}}), "no metrics by cut-off"),
     ],
 )
 def test_what_does_not_compare_is_one_line(report, change, part):
@@ -209,6 +249,125 @@ def test_missing_report_is_named():
     outcome = run_compare("none.json", "none.json")
     assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
     assert "none.json" in outcome.err
+
+
+def test_checkpoint_of_no_text_is_shown_escaped(report):
+    """A file's name may have bytes that are no text."""
+    report("a.json")
+    edited("b.json", lambda c: c["model"].update(checkpoint="x\ud800"))
+    with open("printed", "w+", encoding="utf-8") as out, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", "a.json", "b.json"])
+        with redirect_stdout(out):
+            assert run("compare.py", compare.main) == 0
+        out.seek(0)
+        assert "B: b.json: x\\ud800, " in out.read()
+
+
+def header_of(text: str) -> bytes:
+    """A NumPy array's start, with this header."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def array_of(shape: tuple[int, ...], kind: str = "<i4", by_columns: bool = False) -> bytes:
+    """A header that claims a shape."""
+    return header_of(f"{{'descr': {kind!r}, 'fortran_order': {by_columns}, 'shape': {shape}, }}\n")
+
+
+def archive_of(content: bytes, compression: int = zipfile.ZIP_DEFLATED, ending: str = ".npy") -> bytes:
+    """An archive in which every array is ``content``."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name in Places._fields:
+            archive.writestr(name + ending, content)
+    return file.getvalue()
+
+
+def npz_of(**changes: np.ndarray) -> bytes:
+    """The users' places of a.json, with changes."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **dict(np.load("a.npz")) | changes)
+    return file.getvalue()
+
+
+def bytes_of(array: np.ndarray) -> bytes:
+    """An ``.npy``."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def encrypted(archive: bytes) -> bytes:
+    """An archive whose directory says that its first file is encrypted."""
+    at = archive.index(b"PK\x01\x02") + 8
+    return archive[:at] + b"\x01" + archive[at + 1 :]
+
+
+ZEROS = np.zeros(60, dtype=np.int32)
+DAMAGED = {
+    "an array alone": lambda: bytes_of(ZEROS),
+    "no arrays": lambda: archive_of(b"hello"),
+    "no such names": lambda: archive_of(b"hello", ending=""),
+    "a huge array": lambda: archive_of(array_of((10**12,))),
+    "beyond all numbers": lambda: archive_of(array_of((10**18,))),
+    "long texts": lambda: archive_of(array_of((60,), "<U100000000")),
+    "no content": lambda: archive_of(array_of((60,))),
+    "too much content": lambda: archive_of(array_of((60,)) + bytes(1000)),
+    "columns": lambda: archive_of(array_of((60,), by_columns=True) + bytes(240)),
+    "an open header": lambda: archive_of(header_of("(" * 9000)),
+    "a short open header": lambda: archive_of(header_of("(" * 250)),
+    "a header of no map": lambda: archive_of(header_of("{[]: 1}")),
+    "a header that warns": lambda: archive_of(header_of("{'descr': 1is 1}")),
+    "another packing": lambda: archive_of(array_of((60,)) + bytes(240), zipfile.ZIP_LZMA),
+    "encrypted": lambda: encrypted(archive_of(array_of((60,)) + bytes(240))),
+    "floats": lambda: npz_of(ranks=ZEROS.astype(np.float32)),
+    "negative ranks": lambda: npz_of(ranks=ZEROS - 5),
+    "ranks before those above": lambda: npz_of(ranks=ZEROS, above=ZEROS + 1),
+    "ranks after those tied": lambda: npz_of(ranks=ZEROS + 9, above=ZEROS, tied=ZEROS + 8),
+    "no items": lambda: npz_of(best=np.full((60, 10), -2, dtype=np.int32)),
+    "empty lists": lambda: npz_of(best=np.full((60, 10), -1, dtype=np.int32)),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_users_file_that_is_made_up_is_named(report, case):
+    """By a stranger, who has made its digest fit."""
+    report("a.json")
+    Path("b.npz").write_bytes(DAMAGED[case]())
+    edited("b.json", lambda c: c["users"].update(file="b.npz", digest=file_digest("b.npz")))
+    outcome = run_compare("b.json", "b.json")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1), outcome.err
+    assert outcome.err.startswith("compare.py: error: b.npz: not users' places: ")
+
+
+def test_users_file_that_unpacks_to_much_is_not_unpacked(report):
+    """64 MB of zeros in 64 kB."""
+    report("a.json")
+    with zipfile.ZipFile("b.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("ranks.npy", array_of((1 << 24,)) + bytes(1 << 26))
+    edited("b.json", lambda c: c["users"].update(file="b.npz", digest=file_digest("b.npz")))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"b\.npz: not users' places: ranks\.npy is int32 \(16777216,\)"):
+            read_report(Path("b.json"))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    finally:
+        tracemalloc.stop()
+
+
+def test_users_file_cannot_claim_more_than_its_bytes_hold(report):
+    """Directory, header and report all claim half a billion users."""
+    report("a.json")
+    count = 1 << 29
+    header = array_of((count,))
+    archive, size = archive_of(header), len(header) + 4 * count
+    at = archive.index(b"PK\x01\x02") + 24  # of the unpacked size
+    Path("b.npz").write_bytes(archive[:at] + size.to_bytes(4, "little") + archive[at + 4 :])
+    digest = file_digest("b.npz")
+    edited(
+        "b.json", lambda c: c["users"].update(file="b.npz", digest=digest) or c["data"].update(users=count)
+    )
+    with pytest.raises(InputError, match=r"b\.npz: .* ranks\.npy is not packed as NumPy"):
+        read_report(Path("b.json"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x" * 100])

@@ -144,6 +144,21 @@ def test_table_of_one_seed_has_no_deviations(tmp_path, drawn):
     assert not drawn[0].axes[0].collections
 
 
+@pytest.mark.parametrize("name", ["$\\frac$", "a\udcffb"])
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_names_are_drawn_as_they_are(tmp_path, drawn, name, kind):
+    """Neither as formulas nor as text where they have bytes that are none."""
+    shown = name.replace("\udcff", "\\udcff")
+    out = ("-o", tmp_path / f"out.{kind}")
+    outcome = run_plot(write_table(tmp_path / "table.json", ROW, INT8 | {"name": name}), *out)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert drawn[-1].axes[0].get_yticklabels()[1].get_text() == shown
+    runs = [write_run(tmp_path / each, [0.1, 0.2]) for each in (name, "other")]
+    outcome = run_plot(*runs, *out)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert drawn[-1].axes[1].get_legend().get_texts()[0].get_text().startswith(f"{shown}: best")
+
+
 # --- what is refused ---
 
 
@@ -168,6 +183,7 @@ def test_directory_without_a_run_is_named(run_dir, tmp_path, name):
     ("name", "text", "told"),
     [
         ("config.json", "{", "config.json: not JSON"),
+        ("config.json", "[" * 100_000, "config.json: not JSON"),
         ("config.json", "[]", "config.json: no configuration"),
         ("config.json", '{"topk": "10"}', "config.json: no configuration"),
         ("config.json", '{"topk": 5}', "valid_results.csv: no column hr@5"),
@@ -177,6 +193,9 @@ def test_directory_without_a_run_is_named(run_dir, tmp_path, name):
         ("valid_results.csv", "epoch,hr@10,avg_train_loss\n0,0.1\n", "valid_results.csv:2: "),
         ("valid_results.csv", "epoch,hr@10,avg_train_loss\n0,0.1,nan\n", "valid_results.csv:2: "),
         ("valid_results.csv", f"epoch,hr@10,avg_train_loss\n{10**400},0.1,1\n", "valid_results.csv:2: "),
+        ("valid_results.csv", "epoch,hr@10,avg_train_loss\n0,1e308,1\n", "valid_results.csv:2: "),
+        ("valid_results.csv", f"epoch,hr@10,avg_train_loss\n0,{'1' * 200_000},1\n", "valid_results.csv:2: "),
+        ("valid_results.csv", "x" * 200_000, "valid_results.csv:"),
     ],
 )
 def test_damaged_run_is_named(tmp_path, name, text, told):
@@ -189,6 +208,7 @@ def test_damaged_run_is_named(tmp_path, name, text, told):
     "text",
     [
         "",
+        "[" * 100_000,
         "[]",
         "{}",
         '{"rows": []}',
@@ -196,6 +216,7 @@ def test_damaged_run_is_named(tmp_path, name, text, told):
         json.dumps({"rows": [ROW, ROW]}),
         json.dumps({"rows": [ROW | {"hr": []}]}),
         json.dumps({"rows": [ROW | {"megabytes": "7"}]}),
+        json.dumps({"rows": [ROW | {"hr": [1e308]}]}),
         json.dumps({"rows": [ROW, INT8 | {"difference": {"hr": 1, "ndcg": 1, "interval": [1]}}]}),
     ],
 )

@@ -219,6 +219,9 @@ def test_a_model_of_other_data(recommend, convert, split_dir, checkpoint, tmp_pa
         ("1::One::Drama\nx::Two::Drama\n", ":2: "),
         ("1::One\n\n2\n", ":3: "),
         ("1|\n", ":1: "),
+        (f"1::One::Drama\n{'2' * 5000}::Two::Drama\n", ":2: "),
+        (f"movieId,title,genres\n1,One,x\n2,{'x' * 200_000},x\n", ":3: "),
+        (f"movieId,title,{'x' * 200_000}\n1,One,x\n", ":1: "),
     ],
 )
 def test_a_bad_movies_file(recommend, convert, ratings_file, split_dir, checkpoint, tmp_path, content, place):
