@@ -28,8 +28,9 @@ from machine import machine
 from recording import BEST, CHECKPOINT, RESULTS
 
 RATINGS = ["--users", 60, "--items", 80, "--ratings", 2000, "--seed", 7]
-# 152 steps an epoch, so that half of the steps come after the 1,500 with which lazy Adam begins.
-TRAIN = ["--layers", 8, 6, 4, "-f", 4, "-l", 0.01, "-s", 1, "-b", 64, "-e", 20, "-p", 1, "--no-compile"]
+# Half of the steps come after the 1,500 with which lazy Adam begins.
+EPOCHS, STEPS = 20, 152
+TRAIN = ["--layers", 8, 6, 4, "-f", 4, "-l", 0.01, "-s", 1, "-b", 64, "-e", EPOCHS, "-p", 1, "--no-compile"]
 SAVE_EVERY = 7
 MOST_STEPS = (
     120  # of one process before it is killed: 50 of them take a run to its end, and through lazy steps
@@ -66,6 +67,8 @@ def kill(process: subprocess.Popen, moment: random.Random) -> str:
 def broken_run(split: Path, out: Path, kills: int, moment: random.Random) -> list[int]:
     """Train to the end through up to ``kills`` kills; the steps that each of them lost.
 
+    A kill may come after the last checkpoint, before the process ends by itself: then the run is at its end too.
+
     Raises:
         InputError: training failed by itself, or a checkpoint does not load.
     """
@@ -82,6 +85,8 @@ def broken_run(split: Path, out: Path, kills: int, moment: random.Random) -> lis
         lost.append(max(steps_seen(text) - saved, before - saved, 0))
         before = saved
         print(f"{out}: kill {len(lost)}: {saved} steps saved, {lost[-1]} lost", file=sys.stderr, flush=True)
+        if saved == EPOCHS * STEPS:
+            return lost
 
 
 def steps_seen(text: str) -> int:
@@ -97,7 +102,7 @@ def steps_saved(out: Path) -> int:
     if not (out / CHECKPOINT).exists():
         return 0
     progress = load_checkpoint(out / CHECKPOINT)["progress"]
-    return progress["epoch"] * 152 + progress["step"]
+    return progress["epoch"] * STEPS + progress["step"]
 
 
 def same(first: Any, second: Any) -> bool:
