@@ -1,7 +1,7 @@
 # make demo                     install, then everything on a small synthetic set, down to the README's table
 # make test                     install, lint, all tests
 # make faults                   kill training 50 times, resume it each time, compare the end with an unbroken run
-# make fuzz                     10,000 malformed inputs for every loader and the command line; hours
+# make fuzz                     10,000 malformed inputs for every loader and the command line; most of an hour
 # make table DATA=ratings.csv   the README's benchmark table for real data (or an already converted directory)
 # make precision DATA=ratings.csv   the table of what each precision costs, likewise; of five seeds
 
