@@ -22,8 +22,8 @@ from step import PRECISIONS
 
 PROG = "ncf.py"
 AddArgument = Callable[..., Action]
-# Of GMF and MLP. On ml-1m with 64 factors and --l2 0.002 the MLP is at its best after 8 and GMF long after.
-PRETRAIN_EPOCHS = [16, 8]
+# Of GMF and MLP, which is at its best long before: README, "Pre-training".
+PRETRAIN_EPOCHS = [18, 8]
 # Far beyond any use, and short of what takes all memory before anything can be said of it.
 MAX_SIZE, MAX_WIDTH, MAX_NEGATIVE_SAMPLES = 1 << 31, 1 << 16, 1000
 # What a resumed run does not take over from the settings it began with.

@@ -136,15 +136,15 @@ def protocol(split: Split, args: argparse.Namespace) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = recipe.build_parser(
-        "pretraining.py", __doc__.split("\n\n")[0], "run/pretraining", [1, 2, 3], epochs=3
+        "pretraining.py", __doc__.split("\n\n")[0], "run/pretraining", [1, 2, 3], epochs=1
     )
     add = parser.add_argument
     epochs = "epochs of GMF and MLP (default: %(default)s)"
     add("--pretrain", type=int, nargs=2, default=PRETRAIN_EPOCHS, metavar="EPOCHS", help=epochs)
     add("--pretrain-rate", type=float, default=0.001, help="(default: %(default)s)")
-    add("--negative-samples", type=int, default=4, help="(default: %(default)s)")
-    add("--l2", type=float, default=0.0, help="(default: %(default)s)")
-    parser.set_defaults(learning_rate=0.0001)
+    add("--negative-samples", type=int, default=8, help="(default: %(default)s)")
+    add("--l2", type=float, default=0.002, help="(default: %(default)s)")
+    parser.set_defaults(learning_rate=0.00001)
     return parser.parse_args()
 
 

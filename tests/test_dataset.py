@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers_fuzz import changed
 from helpers_split import tiny_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -394,28 +395,11 @@ def whole_pickle(directory: Path) -> bytes:
 def test_mutated_pickles_never_give_anything_but_an_error_or_a_split(tmp_path):
     """Bytes changed, taken out, put in and copied to another place."""
     path, whole = tmp_path / PICKLE, whole_pickle(tmp_path)
-    position = st.integers(0, len(whole) - 1)
-    change = st.tuples(
-        st.sampled_from(["set", "cut", "insert", "copy"]),
-        position,
-        position,
-        st.binary(min_size=1, max_size=4),
-    )
 
     @FUZZ
-    @given(st.lists(change, min_size=1, max_size=4))
-    def fuzz(changes):
-        content = bytearray(whole)
-        for kind, at, other, value in changes:
-            if kind == "set":
-                content[at : at + len(value)] = value
-            elif kind == "cut":
-                del content[at : at + len(value)]
-            elif kind == "insert":
-                content[at:at] = value
-            else:
-                content[at : at + len(value)] = content[other : other + len(value)]
-        read_any(path, bytes(content))
+    @given(changed(whole))
+    def fuzz(content):
+        read_any(path, content)
 
     in_child(fuzz, path)
 
