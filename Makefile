@@ -22,7 +22,7 @@ FAULTS ?= run/faults
 
 demo: $(VENV)/installed
 	mkdir -p run
-	$(BIN)/python synthetic.py --users 1000 --items 1500 --ratings 100000 --seed 1 run/demo-ratings.csv
+	$(BIN)/python -m neural_cf synthetic --users 1000 --items 1500 --ratings 100000 --seed 1 run/demo-ratings.csv
 	$(BIN)/python -m benchmarks.table run/demo-ratings.csv --out run/demo --overwrite \
 		--epochs 10 --factors 16 --layers 64 32 16 --batch-size 1024 --learning-rate 0.002
 
@@ -48,7 +48,7 @@ faults: $(VENV)/installed
 	$(BIN)/python -m benchmarks.faults --kills 50 --out "$(FAULTS)"
 
 fuzz: $(VENV)/tests-installed
-	FUZZ_EXAMPLES=10000 $(PYTEST) --durations=0 tests/test_fuzz.py
+	FUZZ_EXAMPLES=10000 $(PYTEST) --durations=0 tests/distiller/untrusted/test_fuzz.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

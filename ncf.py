@@ -10,17 +10,18 @@ from contextlib import nullcontext
 
 import torch
 
-import recording
-from automatic import choose_quantization
-from calibrating import calibrate, draw_activation_histograms
-from dataset import load_split
-from devices import choose_device
-from distiller.cli import InputError, run
-from evaluating import evaluate_checkpoint
-from evaluation import nb_ranked
-from flags import PROG, asks_for_split, parse_args
-from processes import Processes, join_processes, leave_processes
-from running import train_whole
+from distiller.system.cli import InputError, run
+from neural_cf.commands.auto import choose_quantization
+from neural_cf.commands.calibrate import calibrate, draw_activation_histograms
+from neural_cf.commands.evaluate import evaluate_checkpoint
+from neural_cf.commands.flags import PROG, asks_for_split, parse_args
+from neural_cf.commands.train import train_whole
+from neural_cf.ranking.candidates import nb_ranked
+from neural_cf.runs.directory import run_directory
+from neural_cf.runs.hardware import choose_device
+from neural_cf.runs.log import show_messages
+from neural_cf.runs.processes import Processes, join_processes, leave_processes
+from neural_cf.split import load_split
 
 LESS_MEMORY = "smaller -b/--batch-size, -f/--factors or --layers take less"
 
@@ -34,7 +35,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     processes = join_processes(device.type)
     if processes.first:
-        recording.show_messages()
+        show_messages()
     else:
         logging.disable()  # the first process says it
     args.seed = processes.agree(args.seed)
@@ -46,7 +47,7 @@ def main() -> None:
             f"-k/--topk: {max(args.cutoffs)} of a list of only {nb_ranked(split, args.ranking)} candidates"
         )
     check_processes(args, processes)
-    own = recording.run_directory(args.out_dir, args.name) if processes.first else nullcontext()
+    own = run_directory(args.out_dir, args.name) if processes.first else nullcontext()
     with own as directory:
         if args.qe_calibration:
             calibrate(args, split, device, directory)

@@ -26,15 +26,15 @@ import torch
 from torch import nn
 
 from benchmarks.training import SIZES, finish, new_model, random_split
-from dataset import Split, load_split
 from distiller.calibration import collect_quant_stats
-from distiller.cli import ArgumentParser, InputError, run
 from distiller.quantization import PostTrainLinearQuantizer
-from evaluation import evaluate, score_all
-from machine import machine
-from neumf_int8 import IntegerNeuMF
-from scoring import FactoredScorer, PairScorer, Scorer
-from step import why_not_compiled
+from distiller.system.cli import ArgumentParser, InputError, run
+from neural_cf.int8.engine import IntegerNeuMF
+from neural_cf.ranking.candidates import score_all
+from neural_cf.ranking.places import evaluate
+from neural_cf.ranking.scorers import FactoredScorer, PairScorer, Scorer
+from neural_cf.runs.hardware import machine, why_not_compiled
+from neural_cf.split import Split, load_split
 
 CONTENDERS = ("FP32 plain", "FP32", "bf16", "INT8 simulated", "INT8")
 NEGATIVES, CALIBRATION_USERS = 999, 50

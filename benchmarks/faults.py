@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks.recipe import ROOT, execute
-from distiller.checkpoint import load_checkpoint
-from distiller.cli import ArgumentParser, InputError, run
-from machine import machine
-from recording import BEST, CHECKPOINT, RESULTS
+from distiller.system.cli import ArgumentParser, InputError, run
+from distiller.untrusted.checkpoint import load_checkpoint
+from neural_cf.runs.directory import BEST, CHECKPOINT, RESULTS
+from neural_cf.runs.hardware import machine
 
 RATINGS = ["--users", 60, "--items", 80, "--ratings", 2000, "--seed", 7]
 # Half of the steps come after the 1,500 with which lazy Adam begins.

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset import Split, load_split
-from distiller.cli import ArgumentParser, InputError, run
-from distiller.tables import markdown_table
-from evaluation import metrics_of_ranks, place_last, score_sampled, users_per_block
-from export import ALIKE
-from exported import OnnxScorer, require_onnx
-from machine import machine
-from saved import load_saved
-from scoring import Scorer
+from distiller.system.cli import ArgumentParser, InputError, run
+from distiller.system.tables import markdown_table
+from neural_cf.int8.scorer import scorer_of
+from neural_cf.ranking.candidates import score_sampled, users_per_block
+from neural_cf.ranking.metrics import metrics_of_ranks
+from neural_cf.ranking.places import place_last
+from neural_cf.ranking.scorers import Scorer
+from neural_cf.runs.hardware import machine
+from neural_cf.runs.models import load_saved
+from neural_cf.serving.export import ALIKE
+from neural_cf.serving.exported_scorers import OnnxScorer, require_onnx
+from neural_cf.split import Split, load_split
 
 TOP = 10  # of HR, NDCG and lists
 
@@ -160,7 +163,7 @@ def main() -> None:
     saved.check_sizes(split, args.checkpoint, args.split)
     if split.nb_candidates <= TOP:
         raise InputError(f"{args.split}: {split.nb_candidates} candidates; lists of {TOP} need more")
-    print(table(compare(saved.scorer(), OnnxScorer(args.onnx), split)))
+    print(table(compare(scorer_of(saved), OnnxScorer(args.onnx), split)))
     threads = f"{torch.get_num_threads()} threads"
     print(f"\n{split.nb_users} users, {split.nb_candidates} candidates each. {threads}, {machine()}.")
 

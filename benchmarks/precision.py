@@ -27,15 +27,15 @@ import numpy as np
 import torch
 
 from benchmarks import recipe
-from choosing import nb_calibration_users
-from dataset import Split, load_split
-from distiller.checkpoint import load_checkpoint
-from distiller.cli import InputError, run
-from distiller.files import atomic_write, file_digest
-from distiller.tables import markdown_table
-from evaluation import gains_of_ranks, metrics_of_ranks
-from recording import CHECKPOINT, QUANTIZED, RANKS
-from significance import bootstrap_interval, mcnemar
+from distiller.system.cli import InputError, run
+from distiller.system.files import atomic_write, file_digest
+from distiller.system.tables import markdown_table
+from distiller.untrusted.checkpoint import load_checkpoint
+from neural_cf.int8.search import nb_calibration_users
+from neural_cf.ranking.metrics import gains_of_ranks, metrics_of_ranks
+from neural_cf.ranking.significance import bootstrap_interval, mcnemar
+from neural_cf.runs.directory import CHECKPOINT, QUANTIZED, RANKS
+from neural_cf.split import Split, load_split
 
 TOP = 10  # of HR and NDCG
 EPOCHS = 8  # on ml-1m HR@10 rises until about then, and falls from the 12th on

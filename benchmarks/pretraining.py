@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import recipe
-from dataset import Split, described, load_split
-from distiller.checkpoint import load_checkpoint
-from distiller.cli import InputError, run
-from distiller.tables import markdown_table
-from flags import PRETRAIN_EPOCHS
-from machine import machine
-from recording import CHECKPOINT, CONFIG, LOG, RESULTS
+from distiller.system.cli import InputError, run
+from distiller.system.tables import markdown_table
+from distiller.untrusted.checkpoint import load_checkpoint
+from neural_cf.commands.flags import PRETRAIN_EPOCHS
+from neural_cf.runs.directory import CHECKPOINT, CONFIG, RESULTS
+from neural_cf.runs.hardware import machine
+from neural_cf.runs.log import LOG
+from neural_cf.split import Split, described, load_split
 
 JOINED = re.compile(r"Joined: HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")
 HEADER = ("Model", "HR@10", "NDCG@10", "epochs", "training, s")

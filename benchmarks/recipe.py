@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from dataset import Split, described, load_split
-from distiller.checkpoint import load_checkpoint
-from distiller.cli import ArgumentParser, InputError
-from machine import machine
-from recording import BEST, CHECKPOINT, CONFIG
+from distiller.system.cli import ArgumentParser, InputError
+from distiller.untrusted.checkpoint import load_checkpoint
+from neural_cf.runs.directory import BEST, CHECKPOINT, CONFIG
+from neural_cf.runs.hardware import machine
+from neural_cf.split import Split, described, load_split
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = "base_fp32"  # of a seed's directory, the run that trains

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from benchmarks import recipe
-from dataset import load_split
-from distiller.cli import run
-from distiller.tables import markdown_table
+from distiller.system.cli import run
+from distiller.system.tables import markdown_table
+from neural_cf.split import load_split
 
 METRICS = re.compile(r"Initial HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")
 MODES = {"asym_u": "Asymmetric", "sym": "Symmetric"}

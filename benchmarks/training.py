@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset import Split, id_dtype, load_split
-from distiller.cli import ArgumentParser, InputError, run
-from machine import machine
-from neumf import NeuMF
-from optim import DENSE_STEPS, LazyAdam
-from sampling import Batch, TrainingBatches
-from step import PRECISIONS, Step, native_bf16, why_not_compiled
+from distiller.system.cli import ArgumentParser, InputError, run
+from neural_cf.data.batches import Batch, TrainingBatches
+from neural_cf.model import NeuMF
+from neural_cf.runs.hardware import PRECISIONS, machine, native_bf16, why_not_compiled
+from neural_cf.split import Split, id_dtype, load_split
+from neural_cf.training.lazy_adam import DENSE_STEPS, LazyAdam
+from neural_cf.training.step import Step
 
 FACTORS, LAYERS, LEARNING_RATE, NEGATIVES = 64, [256, 256, 128, 64], 0.0005, 4
 WIDTH = FACTORS + LAYERS[0] // 2  # of a user's or an item's row

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .graph import leaf_modules
-from .quantization.histogram import Histogram
-from .quantization.statistics import Statistics, save_statistics, text_of_columns
+from distiller.graph import leaf_modules
+from distiller.quantization.histogram import Histogram
+from distiller.quantization.statistics import Statistics, save_statistics, text_of_columns
 
 STATS_FILE = "acts_quantization_stats.yaml"
 HISTOGRAM_BINS = 2048  # a quarter of one of 256 quantization levels is then still resolved

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .modules import Concat, EltwiseAdd, EltwiseMult
+from distiller.modules import Concat, EltwiseAdd, EltwiseMult
 
 ELEMENT_BY_ELEMENT = (nn.Identity, nn.Dropout, nn.ReLU, nn.Sigmoid, nn.Tanh, EltwiseAdd, EltwiseMult)
 

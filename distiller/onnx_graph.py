@@ -19,11 +19,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from .cli import InputError
-from .graph import ModuleCall
-from .modules import Concat, EltwiseAdd, EltwiseMult
-from .quantization.linear import QuantParams, approximate_scale, integer_range, quantize
-from .quantization.wrappers import (
+from distiller.graph import ModuleCall
+from distiller.modules import Concat, EltwiseAdd, EltwiseMult
+from distiller.quantization.linear import QuantParams, approximate_scale, integer_range, quantize
+from distiller.quantization.wrappers import (
     FakeQuantized,
     QuantizedAdd,
     QuantizedConcat,
@@ -37,6 +36,7 @@ from .quantization.wrappers import (
     WeightSettings,
     by_row,
 )
+from distiller.system.cli import InputError
 
 # The first with integers of 16 bits; ONNX Runtime reads it since 1.18 (May 2024), by IR version 10.
 OPSET, IR_VERSION = 21, 10

@@ -30,9 +30,9 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from .cli import InputError
-from .files import read_yaml
-from .quantization.train_aware import NCFQuantAwareTrainQuantizer, is_quantization_aware
+from distiller.quantization.train_aware import NCFQuantAwareTrainQuantizer, is_quantization_aware
+from distiller.system.cli import InputError
+from distiller.untrusted.yaml import read_yaml
 
 KINDS = {"quantizer": "quantizers", "lr_scheduler": "lr_schedulers"}
 WHEN = {"starting_epoch", "ending_epoch", "frequency", "epochs"}

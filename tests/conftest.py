@@ -21,17 +21,19 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 
-import convert
 import ncf
-import optim
-import synthetic
 from benchmarks import recipe
-from distiller.cli import InputError, run
+from distiller.system.cli import InputError, run
+from neural_cf.commands import convert
+from neural_cf.data import synthetic
+from neural_cf.training import lazy_adam
 
 torch.set_num_threads(1)
 # So that most steps of these short runs are lazy ones.
-optim.DENSE_STEPS = 20
+lazy_adam.DENSE_STEPS = 20
 
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+SCHEDULE = ROOT / "schedules" / "ncf_qat.yaml"
 USERS, ITEMS, RATINGS, NEGATIVES = 60, 80, 2000, 40
 SIZES = ["--layers", "8", "6", "4", "-f", "4"]
 EPOCHS = 2

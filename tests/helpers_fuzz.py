@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from distiller.cli import InputError
+from distiller.system.cli import InputError
 
 # 10,000 by `make fuzz`.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 300))

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distiller.quantization import PostTrainLinearQuantizer, add_post_train_quant_args
-from neumf import NeuMF, split_final_layer
-from neumf_int8 import IntegerNeuMF
+from neural_cf.int8.engine import IntegerNeuMF
+from neural_cf.model import NeuMF, split_final_layer
 
 DATA = Path(__file__).resolve().parent / "data"
 TAGS = ("no_split", "split")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dataset import Split
+from neural_cf.split import Split
 
 
 def tiny_split() -> Split:

@@ -1,10 +1,10 @@
 """Linear quantization: arithmetic, post-training quantizer, command-line flags."""
 
-from .arguments import add_post_train_quant_args
-from .clipping import ClipMode
-from .linear import LinearQuantMode
-from .post_train import PostTrainLinearQuantizer
-from .train_aware import NCFQuantAwareTrainQuantizer
+from distiller.quantization.clipping import ClipMode
+from distiller.quantization.flags import add_post_train_quant_args
+from distiller.quantization.linear import LinearQuantMode
+from distiller.quantization.post_train import PostTrainLinearQuantizer
+from distiller.quantization.train_aware import NCFQuantAwareTrainQuantizer
 
 __all__ = [
     "ClipMode",

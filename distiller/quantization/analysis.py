@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..calibration import TestFunction
-from .linear import QuantParams, dequantize, fake_quantize, quantize
-from .post_train import PostTrainLinearQuantizer
-from .wrappers import (
+from distiller.calibration import TestFunction
+from distiller.quantization.linear import QuantParams, dequantize, fake_quantize, quantize
+from distiller.quantization.post_train import PostTrainLinearQuantizer
+from distiller.quantization.wrappers import (
     QuantizedModule,
     QuantizedTable,
     WeightQuantizedLinear,

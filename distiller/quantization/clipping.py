@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .histogram import Histogram, least_divergence_range, least_squares_range, percentile_range
-from .linear import LinearQuantMode
+from distiller.quantization.histogram import (
+    Histogram,
+    least_divergence_range,
+    least_squares_range,
+    percentile_range,
+)
+from distiller.quantization.linear import LinearQuantMode
 
 
 class ClipMode(Enum):

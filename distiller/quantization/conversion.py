@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..cli import InputError
-from ..graph import leaf_modules
-from .linear import LinearQuantMode
-from .post_train import PostTrainLinearQuantizer
-from .statistics import Statistics
-from .train_aware import RoundedEmbedding, RoundedLinear, TrackedRange
+from distiller.graph import leaf_modules
+from distiller.quantization.linear import LinearQuantMode
+from distiller.quantization.post_train import PostTrainLinearQuantizer
+from distiller.quantization.statistics import Statistics
+from distiller.quantization.train_aware import RoundedEmbedding, RoundedLinear, TrackedRange
+from distiller.system.cli import InputError
 
 
 def quantizer_of_aware(aware: nn.Module, model: nn.Module) -> PostTrainLinearQuantizer:

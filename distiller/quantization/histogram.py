@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear import LinearQuantMode, QuantParams, dequantize, params_of_range, quantize
+from distiller.quantization.linear import LinearQuantMode, QuantParams, dequantize, params_of_range, quantize
 
 PERCENTILE = (
     99.99  # of values kept, the rest cut off in equal shares at both ends: less cut hardly narrows a range

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..hardware import cpu_has
-from .linear import QuantParams, approximate_scale, dequantize, quantize
-from .wrappers import (
+from distiller.quantization.linear import QuantParams, approximate_scale, dequantize, quantize
+from distiller.quantization.wrappers import (
     ACCUMULATOR_BITS,
     EXACT_IN_FLOAT32,
     AccumulatingModule,
@@ -27,6 +26,7 @@ from .wrappers import (
     ScaledConcat,
     saturate,
 )
+from distiller.system.cpu import cpu_has
 
 BITS = 8  # of a code
 DIGIT = 1 << BITS  # what the higher of two codes counts

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +14,14 @@ import torch
 import yaml
 from torch import nn
 
-from ..cli import InputError
-from ..files import atomic_write, read_yaml
-from ..graph import ModuleCall, leaf_modules, module_graph, output_widths
-from ..modules import Concat, EltwiseAdd, EltwiseMult
-from .arguments import EMBEDDING_BITS, changed_flags
-from .clipping import ClipMode, required_statistics
-from .linear import LinearQuantMode, QuantParams, params_of_range
-from .settings import Request, changes_of, choice, modes, requests_by_layer
-from .statistics import (
+from distiller.graph import ModuleCall, leaf_modules, module_graph, output_widths
+from distiller.modules import Concat, EltwiseAdd, EltwiseMult
+from distiller.quantization.clipping import ClipMode, required_statistics
+from distiller.quantization.configuration import IN_FLOAT, arguments_of_file, arguments_of_flags
+from distiller.quantization.flags import EMBEDDING_BITS, PostTrainFlags
+from distiller.quantization.linear import LinearQuantMode, QuantParams, params_of_range
+from distiller.quantization.settings import Request, changes_of, choice, modes, requests_by_layer
+from distiller.quantization.statistics import (
     Statistics,
     check_statistics,
     clip_to_consumers,
@@ -33,7 +31,7 @@ from .statistics import (
     save_statistics,
     tensor_statistics,
 )
-from .wrappers import (
+from distiller.quantization.wrappers import (
     ActivationSettings,
     FakeQuantized,
     QuantizedAdd,
@@ -49,6 +47,8 @@ from .wrappers import (
     WeightSettings,
     params_of_columns,
 )
+from distiller.system.cli import InputError
+from distiller.system.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,6 @@ STATS_FILE, PARAMS_FILE = "quant_stats_after_prepare_model.yaml", "layer_quant_p
 # They hand on the tensor they get, and with it what it carries.
 PASS_THROUGH = (nn.Identity, nn.Dropout)
 ELEMENTWISE = (Concat, EltwiseAdd, EltwiseMult)
-IN_FLOAT = {"bits_activations": None, "bits_weights": None}  # changes that leave a layer alone
 
 
 class PostTrainLinearQuantizer:
@@ -149,70 +148,23 @@ class PostTrainLinearQuantizer:
         self.fuse_relu = fuse_relu
 
     @classmethod
-    def from_args(cls, model: nn.Module, args: Namespace) -> PostTrainLinearQuantizer:
-        """The quantizer that the flags of ``add_post_train_quant_args`` ask for.
+    def from_args(cls, model: nn.Module, args: PostTrainFlags) -> PostTrainLinearQuantizer:
+        """Return the quantizer that the flags of ``add_post_train_quant_args`` ask for.
+
+        Args:
+            model: In evaluation mode.
+            args: The flags' values: a ``PostTrainFlags``, or what argparse returns.
 
         Raises:
-            InputError: naming the flag.
+            InputError: naming the flag, or the file and what is wrong in it.
         """
-        if args.qe_config_file:
-            return cls.from_config(model, args.qe_config_file, args)
-        names = leaf_modules(model)
-        overrides = {}
-        for flag, layers, changes in (
-            ("--qe-no-quant-layers", args.qe_no_quant_layers, IN_FLOAT),
-            ("--qe-no-clip-layers", args.qe_no_clip_layers, {"clip_acts": ClipMode.NONE}),
-        ):
-            for layer in layers:
-                if layer not in names:
-                    raise InputError(f"{flag}: no layer {layer} among {', '.join(names)}")
-                overrides.setdefault(re.escape(layer), changes)
-        return cls(
-            model,
-            bits_activations=args.qe_bits_acts,
-            bits_parameters=args.qe_bits_wts,
-            bits_accum=args.qe_bits_accum,
-            overrides=overrides,
-            mode={
-                "activations": args.qe_mode_acts or args.qe_mode,
-                "weights": args.qe_mode_wts or args.qe_mode,
-            },
-            clip_acts=args.qe_clip_acts,
-            per_channel_wts=args.qe_per_channel,
-            model_activation_stats=args.qe_stats_file,
-            clip_n_stds=args.qe_clip_n_stds,
-            scale_approx_mult_bits=args.qe_scale_approx_bits,
-            save_fp_weights=args.qe_save_fp_weights,
-            scaled_concat=args.qe_scaled_concat,
-            per_channel_acts=args.qe_per_channel_acts,
-            embedding_bits=args.qe_embedding_bits,
-        )
-
-    @classmethod
-    def from_config(
-        cls, model: nn.Module, path: str | os.PathLike, args: Namespace
-    ) -> PostTrainLinearQuantizer:
-        """The quantizer that a ``--qe-config-file`` asks for.
-
-        Raises:
-            InputError: not YAML, not one ``PostTrainLinearQuantizer`` with its arguments, or flags beside it
-                that say what it says.
-        """
-        beside = {"--quantize-eval", "--qe-save-fp-weights", "--qe-engine", "--qe-convert-pytorch"}
-        given = changed_flags(args) - beside
-        if given:
-            raise InputError(
-                f"--qe-config-file takes the place of {', '.join(sorted(given))}: give one or the other"
-            )
-        arguments = read_config(path, cls.__name__)
+        if not args.qe_config_file:
+            return cls(model, **arguments_of_flags(args, leaf_modules(model)))
+        arguments = arguments_of_file(args, cls.__name__)
         try:
-            return cls(
-                model,
-                save_fp_weights=args.qe_save_fp_weights,
-                **arguments,
-            )
-        except TypeError as error:
-            raise InputError(f"--qe-config-file: {path}: {error}") from error
+            return cls(model, **arguments)
+        except TypeError as error:  # an argument that the constructor does not have
+            raise InputError(f"--qe-config-file: {args.qe_config_file}: {error}") from error
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, but for the model and the statistics."""
@@ -485,22 +437,6 @@ class PostTrainLinearQuantizer:
             if key.endswith(("scale", "zero_point")) and value.numel() == 1
         }
         return entry | scalars
-
-
-def read_config(path: str | os.PathLike, expected_class: str) -> dict[str, Any]:
-    """The constructor arguments in a ``--qe-config-file``.
-
-    Raises:
-        InputError: not YAML, or not a ``quantizers`` map of one entry of the class.
-    """
-    content = read_yaml(path, "--qe-config-file")
-    quantizers = content.get("quantizers") if isinstance(content, dict) else None
-    if not isinstance(quantizers, dict) or len(quantizers) != 1:
-        raise InputError(f"--qe-config-file: {path}: not a map 'quantizers' of one entry")
-    (entry,) = quantizers.values()
-    if not isinstance(entry, dict) or entry.get("class") != expected_class:
-        raise InputError(f"--qe-config-file: {path}: its quantizer is not of class {expected_class}")
-    return {key: value for key, value in entry.items() if key != "class"}
 
 
 @contextmanager

@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch import nn
 
-from ..cli import InputError
-from ..files import atomic_write
-from .post_train import PostTrainLinearQuantizer
-from .statistics import FLAG, Statistics, columns_of_text, text_of_columns
-from .wrappers import QuantizedTable
+from distiller.quantization.post_train import PostTrainLinearQuantizer
+from distiller.quantization.statistics import FLAG, Statistics, columns_of_text, text_of_columns
+from distiller.quantization.wrappers import QuantizedTable
+from distiller.system.cli import InputError
+from distiller.system.files import atomic_write
 
 
 def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
 
-from ..cli import InputError
-from .clipping import ACIQ_ALPHA, ACIQ_MAX_BITS, ClipMode
-from .linear import LinearQuantMode
-from .statistics import FLOAT32_MAX
-from .wrappers import ActivationSettings, WeightSettings
+from distiller.quantization.clipping import ACIQ_ALPHA, ACIQ_MAX_BITS, ClipMode
+from distiller.quantization.linear import LinearQuantMode
+from distiller.quantization.statistics import FLOAT32_MAX
+from distiller.quantization.wrappers import ActivationSettings, WeightSettings
+from distiller.system.cli import InputError
 
 MAX_BITS = 16
 OVERRIDE_KEYS = {"bits_activations", "bits_weights", "clip_acts", "clip_n_stds", "mode"}

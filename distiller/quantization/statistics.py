@@ -17,10 +17,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ..cli import InputError
-from ..files import atomic_write, read_yaml
-from ..graph import ModuleCall
-from .histogram import Histogram
+from distiller.graph import ModuleCall
+from distiller.quantization.histogram import Histogram
+from distiller.system.cli import InputError
+from distiller.system.files import atomic_write
+from distiller.untrusted.yaml import read_yaml
 
 Statistics = dict[str, dict[str, Any]]
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..cli import InputError
-from ..graph import leaf_modules
-from ..modules import Concat, EltwiseMult
-from .clipping import ClipMode
-from .linear import LinearQuantMode, QuantParams, fake_quantize, params_of_range
-from .settings import Request, modes, requests_by_layer
-from .wrappers import WeightSettings, by_row
+from distiller.graph import leaf_modules
+from distiller.modules import Concat, EltwiseMult
+from distiller.quantization.clipping import ClipMode
+from distiller.quantization.linear import LinearQuantMode, QuantParams, fake_quantize, params_of_range
+from distiller.quantization.settings import Request, modes, requests_by_layer
+from distiller.quantization.wrappers import WeightSettings, by_row
+from distiller.system.cli import InputError
 
 ACTIVATIONS = (nn.ReLU, Concat, EltwiseMult)  # beside Linear, whose output is quantized too
 DEFAULT_EMA_DECAY = 0.999  # a range follows some 1000 batches, an epoch of a small set

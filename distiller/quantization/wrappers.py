@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .clipping import ClipMode, clip_range, column_reach, measure
-from .linear import (
+from distiller.quantization.clipping import ClipMode, clip_range, column_reach, measure
+from distiller.quantization.linear import (
     LinearQuantMode,
     QuantParams,
     approximate_scale,

@@ -1,0 +1,1 @@
+"""What regenerates every table of the documentation, and the baselines that NeuMF is measured beside."""
