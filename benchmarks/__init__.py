@@ -1,1 +1,1 @@
-"""What regenerates every table of the documentation, and the baselines that NeuMF is measured beside."""
+"""Scripts that regenerate every table of the documentation, and the baselines that NeuMF is compared with."""

@@ -1,8 +1,8 @@
-"""Simple recommenders beside NeuMF, on the same split and by the same evaluation: popularity, item-kNN and ALS.
+"""Evaluate simple recommenders on the same split and in the same way as NeuMF: popularity, item-kNN and ALS.
 
     python -m neural_cf baselines SPLIT [--methods popularity knn als] [-k 10] [--json] ...
 
-Item-kNN and implicit-feedback ALS are those of the package implicit.
+Item-kNN and implicit-feedback ALS come from the package implicit.
 
 Shapes: U users, I items, B users in a block, C candidates of each.
 """
@@ -33,50 +33,55 @@ from neural_cf.split import Split, described, load_split
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-# Scores of users times items at once: 16 MB of float64, whatever the size of the data.
+# Scores computed at once, users times items: 16 MB of float64, whatever the size of the data.
 CELLS_AT_ONCE = 1 << 21
-# Far beyond any use, and short of what takes all memory before anything can be said of it.
+# Far beyond any use, but small enough that memory does not run out before an error can be reported.
 MAX_SIZE, MAX_FACTORS, MAX_SEED = (1 << 31) - 1, 1 << 16, (1 << 63) - 1
 PROG = "neural-cf baselines"
 SIMILARITIES = ("cosine", "tfidf", "bm25")
 
 
 class Method(Protocol):
-    """A recommender with its settings, as a dataclass."""
+    """A recommender: a dataclass whose fields are its settings."""
 
     def fit(self, split: Split) -> Scorer:
-        """Learn from the training pairs; what scores with what was learned, of higher scores for likelier items."""
+        """Learn from the training pairs and return a scorer with higher scores for likelier items."""
 
 
 @dataclass(frozen=True)
 class Popularity:
-    """An item's score is the number of its training pairs, for every user."""
+    """The recommender that scores an item, for every user, by the number of its training pairs."""
 
     def fit(self, split: Split) -> Scorer:
+        """Count the training pairs of each item."""
         counts = torch.from_numpy(np.bincount(split.train_items, minlength=split.nb_items)).double()
         return lambda users, items: counts[items]
 
 
 @dataclass(frozen=True)
 class ItemKNN:
-    """The sum of an item's similarities to what the user has rated (Sarwar et al. 2001, section 3).
+    """Item-based nearest neighbours: an item's score is the sum of its similarities to the user's items.
+
+    The method is that of Sarwar et al. 2001, section 3.
 
     Attributes:
-        similarity: One of ``SIMILARITIES``, between items as vectors of their users.
-        neighbours: The most similar items that each item keeps; by cosine and tfidf it is one of them itself.
+        similarity: The similarity between items as vectors over users, one of ``SIMILARITIES``.
+        neighbours: The number of most similar items that each item keeps. By cosine and tfidf, they include the item
+            itself.
     """
 
-    # Chosen as ALS's: within 1.5 points of the best HR@10 with 99 negatives, and within 0.5 with 999.
+    # Chosen in the same way as ALS's: within 1.5 points of the best HR@10 with 99 negatives, and 0.5 with 999.
     similarity: str = "tfidf"
     neighbours: int = 200
 
     def fit(self, split: Split) -> Scorer:
+        """Compute the similarities between items."""
         from implicit.nearest_neighbours import ItemItemRecommender
 
         rated = interactions(split)
         model = ItemItemRecommender(self.neighbours)
         model.fit(weighted_users(rated, self.similarity))
-        similarity = model.similarity  # (I, I) float64, row i those of item i's neighbours
+        similarity = model.similarity  # (I, I) float64, whose row i has the neighbours of item i
         return RowScorer(
             lambda users: torch.from_numpy((rated[users.numpy()] @ similarity).toarray()), split.nb_items
         )
@@ -84,33 +89,40 @@ class ItemKNN:
 
 @dataclass(frozen=True)
 class ALS:
-    """Implicit-feedback matrix factorization by alternating least squares (Hu, Koren and Volinsky 2008, section 4).
+    """Matrix factorization of implicit feedback by alternating least squares (ALS).
+
+    The method is that of Hu, Koren and Volinsky 2008, section 4.
 
     Attributes:
-        factors: Of a user, and of an item.
-        iterations: Each solves for users, then for items.
-        regularization: Of each user's and each item's squared factors.
-        alpha: The weight of a training pair's squared error, where one of any other pair weighs 1.
-        seed: Of the initial factors.
+        factors: The number of factors of a user and of an item.
+        iterations: The number of iterations, each of which solves for users and then for items.
+        regularization: The weight of the squared factors of each user and each item.
+        alpha: The weight of a training pair's squared error; that of any other pair has weight 1.
+        seed: The seed of the initial factors.
     """
 
-    factors: int = 64  # as in NeuMF's recipe; with 128 HR@10 is 1.6 points lower against 99 negatives
-    iterations: int = 15  # with 30 the same within 0.15 points
-    # Chosen on ml-1m without its test items, by HR@10 and NDCG@10 of each user's last item but one. Against 99
-    # negatives they are 3.8 and 2.0 points above those of implicit's own defaults, 0.01 and 1.
+    factors: int = 64  # as in NeuMF's recipe; with 128, HR@10 is 1.6 points lower against 99 negatives
+    iterations: int = 15  # 30 iterations are the same within 0.15 points
+    # Chosen on ml-1m without its test items, by HR@10 and NDCG@10 of each user's second to last item. Against 99
+    # negatives, these metrics are 3.8 and 2.0 points above those of implicit's own defaults, 0.01 and 1.
     regularization: float = 30.0
     alpha: float = 4.0
-    seed: int = 0  # any one, so that a table comes out the same again
+    seed: int = 0  # fixed, so that a table can be reproduced
 
     def fit(self, split: Split) -> Scorer:
+        """Factorize the matrix of training pairs.
+
+        Raises:
+            InputError: a linear system has no solution with these settings.
+        """
         from implicit.cpu.als import AlternatingLeastSquares
         from implicit.recommender_base import ModelFitError
         from threadpoolctl import threadpool_limits
 
         settings = asdict(self)
         seed = settings.pop("seed")
-        # Its threads solve small systems each, and would wait for those that BLAS starts for every one. Of what
-        # overflows it is said that there is no solution.
+        # Each of implicit's threads solves small systems, and would wait for threads that BLAS starts for each system.
+        # NumPy's warnings of overflow are suppressed, because implicit reports it as a system without a solution.
         with threadpool_limits(1, "blas"), np.errstate(over="ignore", invalid="ignore"):
             model = AlternatingLeastSquares(**settings, random_state=seed)
             try:
@@ -125,21 +137,21 @@ METHODS: dict[str, type[Method]] = {"popularity": Popularity, "knn": ItemKNN, "a
 
 
 def interactions(split: Split) -> csr_matrix:
-    """(U, I) float32, 1 for each training pair."""
+    """Return the matrix (U, I) float32 with 1 for each training pair."""
     from scipy.sparse import csr_matrix
 
     ones = np.ones(len(split.train_users), dtype=np.float32)
     pairs = split.train_users.astype(np.int32), split.train_items.astype(np.int32)
     matrix = csr_matrix((ones, pairs), shape=(split.nb_users, split.nb_items))
-    matrix.data.fill(1)  # Where CSV files repeat a pair, it has been added up.
+    matrix.data.fill(1)  # Pairs that a ratings file repeats have been added up.
     return matrix
 
 
 def weighted_users(rated: csr_matrix, similarity: str) -> csr_matrix:
-    """(U, I): items as columns whose inner products are their similarities.
+    """Return a matrix (U, I) whose columns are items, with their similarities as inner products.
 
-    The weights are those of implicit's CosineRecommender, TFIDFRecommender and BM25Recommender, which hand them on in
-    a form that their base class warns of.
+    The weights are those of implicit's CosineRecommender, TFIDFRecommender and BM25Recommender. These classes are not
+    used, because they pass the weights on in a form that their base class warns about.
     """
     from implicit.nearest_neighbours import bm25_weight, normalize, tfidf_weight
 
@@ -152,10 +164,10 @@ def weighted_users(rated: csr_matrix, similarity: str) -> csr_matrix:
 
 
 class RowScorer:
-    """Scores all items for a few users at a time, and hands out those of their candidates.
+    """A scorer that scores all items for a few users at a time and picks the scores of the candidates.
 
     Args:
-        rows: From users (B,) int64 to the scores (B, I) of all items.
+        rows: A function from users (B,) int64 to the scores (B, I) of all items.
         nb_items: I.
     """
 
@@ -163,21 +175,21 @@ class RowScorer:
         self._rows, self._users_at_once = rows, max(1, CELLS_AT_ONCE // nb_items)
 
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
-        """The scores (B, C) of items (B, C) int64 for users (B,) int64."""
+        """Return the scores (B, C) of items (B, C) int64 for users (B,) int64."""
         parts = zip(users.split(self._users_at_once), items.split(self._users_at_once), strict=True)
         return torch.cat([self._rows(of_part).gather(1, candidates) for of_part, candidates in parts])
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a method comes to.
+    """The figures of a method on a split.
 
     Attributes:
-        method: Its name in ``METHODS``.
-        settings: The method's.
-        metrics: One for each k.
-        fit_seconds: That learning took.
-        evaluation_seconds: That ranking all users' candidates took.
+        method: The name of the method in ``METHODS``.
+        settings: The settings of the method.
+        metrics: The metrics at each k.
+        fit_seconds: Seconds of learning.
+        evaluation_seconds: Seconds of ranking the candidates of all users.
     """
 
     method: str
@@ -188,7 +200,7 @@ class Figures:
 
 
 def measure(name: str, method: Method, split: Split, ks: list[int]) -> Figures:
-    """Fit a method to a split and rank its test items."""
+    """Fit a method to a split, rank the test items and return the figures."""
     start = time.perf_counter()
     scorer = method.fit(split)
     fitted = time.perf_counter()
@@ -200,7 +212,7 @@ def measure(name: str, method: Method, split: Split, ks: list[int]) -> Figures:
 
 
 def text_of(figures: list[Figures], split: Split) -> str:
-    """The table, and what it is of."""
+    """Return the figures as a table in Markdown, with a line on the split."""
     names = [f"{name}@{metrics.k}" for metrics in figures[0].metrics for name in ("HR", "NDCG")]
     rows = []
     for row in figures:
@@ -213,12 +225,12 @@ def text_of(figures: list[Figures], split: Split) -> str:
 
 
 def json_of(figures: list[Figures], split: Split) -> str:
-    """The same as JSON."""
+    """Return the figures as JSON, with a line on the split."""
     return json.dumps({"methods": [asdict(row) for row in figures], "protocol": described(split)}, indent=2)
 
 
 def build_parser() -> ArgumentParser:
-    """The parser; a method's settings are there only where they are given."""
+    """Return the parser of the command line. Only settings that are given become attributes of its result."""
     parser = ArgumentParser(prog=PROG, description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("data", type=Path, help="directory of the split, written by convert.py")
@@ -282,10 +294,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_methods(args: argparse.Namespace) -> dict[str, Method]:
-    """The methods asked for, by name, with the settings given.
+    """Return the methods asked for, by name, with the settings given.
 
     Raises:
-        InputError: a setting of another method, or a method of a package that is not there.
+        InputError: a setting belongs to a method that is left out, or the package of a method is not installed.
     """
     methods, used = {}, set()
     for name in dict.fromkeys(args.methods):

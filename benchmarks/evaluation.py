@@ -1,9 +1,9 @@
-"""Evaluation speed: INT8 in integers and simulated, bf16 and FP32, in pairs a second, memory and bytes of the model.
+"""Measure evaluation in INT8 (integers and simulated), bf16 and FP32: pairs a second, memory, model size.
 
     python -m benchmarks.evaluation [SPLIT] [--json] [--users 2000]
 
-All evaluate the same users of the split given, or of random candidates at ml-20m's size, ranking included, and take
-turns in one run. The model has the published sizes and random weights.
+All of them evaluate the same users of the given split, or of random candidates at ml-20m's size, including the ranking,
+and take turns in one run. The model has the published sizes and random weights.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from neural_cf.split import Split, load_split
 
 CONTENDERS = ("FP32 plain", "FP32", "bf16", "INT8 simulated", "INT8")
 NEGATIVES, CALIBRATION_USERS = 999, 50
-TABLE_GAIN = 30  # from initial embeddings of 0.01 to about what training makes of them
+TABLE_GAIN = 30  # scales initial embeddings, of deviation 0.01, to about the size of trained ones
 
 
 def split_of(args: argparse.Namespace) -> Split:
-    """The users to evaluate."""
+    """Return the split with the users to evaluate."""
     split = load_split(args.split) if args.split else random_split(*SIZES[20], NEGATIVES)
     return replace(split, nb_users=min(args.users, split.nb_users))
 
 
 def float_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """A model of the whole split's size."""
+    """Return a float model for all users and items of the split."""
     whole = load_split(args.split) if args.split else random_split(*SIZES[20])
     model = new_model(whole, device).eval().requires_grad_(False)
     for tables in model.tables():
@@ -58,7 +58,7 @@ def float_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 
 
 def quantized(model: nn.Module, split: Split, device: torch.device) -> nn.Module:
-    """The model in asymmetric INT8, per channel, calibrated on some users."""
+    """Return a copy of the model in asymmetric INT8, per channel, calibrated on some users."""
     users = min(CALIBRATION_USERS, split.nb_users)
     test_fn = partial(score_all, split=split, nb_users=users, device=device)
     statistics = collect_quant_stats(model, test_fn, rows_per_batch=split.nb_candidates)
@@ -72,7 +72,7 @@ def quantized(model: nn.Module, split: Split, device: torch.device) -> nn.Module
 
 
 def scorer_of(name: str, model: nn.Module, compiled: bool) -> Scorer:
-    """What scores, with a float model or a quantized one as its name has it."""
+    """Return the scorer of a contender; the model must be quantized for INT8 and in float otherwise."""
     return {
         "FP32 plain": lambda: PairScorer(model),
         "FP32": lambda: FactoredScorer(model),
@@ -85,7 +85,7 @@ def scorer_of(name: str, model: nn.Module, compiled: bool) -> Scorer:
 def take_turns(
     scorers: dict[str, Scorer], split: Split, rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Pairs a second of every scorer in every round, after a warm-up."""
+    """Return the pairs a second of each scorer in each round, after a warm-up."""
     pairs = split.nb_users * split.nb_candidates
     speeds: dict[str, list[float]] = {name: [] for name in scorers}
     for number in range(rounds + 1):
@@ -99,31 +99,33 @@ def take_turns(
 
 
 def peak_memory(name: str, args: argparse.Namespace, compiled: bool) -> int:
-    """The largest memory, in bytes, of a process of its own that evaluates, preparing the model included."""
+    """Return the peak memory in bytes of a separate process that prepares the model and evaluates."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_evaluate_alone, name, args, compiled).result()
 
 
 def _evaluate_alone(name: str, args: argparse.Namespace, compiled: bool) -> int:
+    """Evaluate once and return the peak memory of this process in bytes."""
     device, split = choose_device(), split_of(args)
     model = float_model(args, device)
     if name.startswith("INT8"):
         model = quantized(model, split, device)
     evaluate(scorer_of(name, model, compiled), split, device=device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux gives in KiB
 
 
 def nb_bytes(model: nn.Module) -> int:
-    """Of the model's weights, with their scales."""
+    """Return the bytes of a model's weights and of their scales."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def choose_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures as a table."""
+    """Return the figures as a table in Markdown."""
     plain = median(figures["pairs_per_s"]["FP32 plain"])
     lines = [
         "| evaluation | M pairs/s, median (least to greatest) | times plain | largest memory, GB | model, MB |",
@@ -140,6 +142,11 @@ def table(figures: dict[str, Any]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the command line's arguments.
+
+    Raises:
+        InputError: one of them is out of its range.
+    """
     parser = ArgumentParser(prog="evaluation.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     number = {"type": int, "metavar": "N"}
@@ -158,6 +165,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the script."""
     args = parse_args()
     device = choose_device()
     why = "--no-compile" if args.no_compile else why_not_compiled(device)

@@ -1,8 +1,8 @@
-"""Kill training at random moments, resume it each time, and compare the end with a run that nothing stopped.
+"""Kill training at random moments, resume it each time, and compare its end with an uninterrupted run's.
 
     python -m benchmarks.faults [--kills 50] [--seed 0] [--out run/faults]
 
-After every kill both checkpoints are loaded, and training may have lost no more steps than --save-every.
+After every kill both checkpoints must load, and training may have lost no more steps than --save-every.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ import torch
 from benchmarks.recipe import ROOT, execute
 from distiller.system.cli import ArgumentParser, InputError, run
 from distiller.untrusted.checkpoint import load_checkpoint
+from neural_cf.data.synthetic import write_ratings
 from neural_cf.runs.directory import BEST, CHECKPOINT, RESULTS
 from neural_cf.runs.hardware import machine
 
-RATINGS = ["--users", 60, "--items", 80, "--ratings", 2000, "--seed", 7]
-# Half of the steps come after the 1,500 with which lazy Adam begins.
+RATINGS = {"num_users": 60, "num_items": 80, "num_ratings": 2000, "seed": 7}
+# Half of the steps come after the 1,500 dense ones with which lazy Adam begins.
 EPOCHS, STEPS = 20, 152
 TRAIN = ["--layers", 8, 6, 4, "-f", 4, "-l", 0.01, "-s", 1, "-b", 64, "-e", EPOCHS, "-p", 1, "--no-compile"]
-SAVE_EVERY = 7
-MOST_STEPS = (
-    120  # of one process before it is killed: 50 of them take a run to its end, and through lazy steps
-)
-SHOWING_S = 0.1  # between two updates of the progress bar
+SAVE_EVERY = 7  # steps
+# Of one process before it is killed. With this many, 50 kills take a run to its end, and through lazy steps.
+MOST_STEPS = 120
+SHOWING_S = 0.1  # seconds between two updates of the progress bar
 STARTS_KILLED = 0.2  # the share of processes that are killed while they start
-STARTING_S = 4.0
+STARTING_S = 4.0  # seconds in which these are killed
 PROGRESS = re.compile(r"Epoch (\d+)[^\r]*?\| (\d+)/(\d+) \[")
 
 
 def start(split: Path, out: Path) -> subprocess.Popen:
-    """Start training in ``out``, or go on with it."""
+    """Start a process that trains in ``out``, or resumes the run that is there."""
     going_on = ["--resume"] if (out / CHECKPOINT).exists() else [*TRAIN, "--overwrite"]
     command = [sys.executable, ROOT / "ncf.py", split, *going_on, "--save-every", SAVE_EVERY, "--log-freq", 1]
     words = [*map(str, command), "-o", str(out)]
@@ -50,7 +50,7 @@ def start(split: Path, out: Path) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen, moment: random.Random) -> str:
-    """Kill a process at a random moment, unless it ends before; what it wrote to stderr."""
+    """Kill a process at a random moment, unless it ends before, and return what it wrote to stderr."""
     text, first = "", 0
     if moment.random() < STARTS_KILLED:
         time.sleep(moment.uniform(0, STARTING_S))
@@ -65,9 +65,9 @@ def kill(process: subprocess.Popen, moment: random.Random) -> str:
 
 
 def broken_run(split: Path, out: Path, kills: int, moment: random.Random) -> list[int]:
-    """Train to the end through up to ``kills`` kills; the steps that each of them lost.
+    """Train to the end through up to ``kills`` kills and return the steps that each of them lost.
 
-    A kill may come after the last checkpoint, before the process ends by itself: then the run is at its end too.
+    If a kill comes after the last checkpoint and before the process ends by itself, the run is at its end too.
 
     Raises:
         InputError: training failed by itself, or a checkpoint does not load.
@@ -90,13 +90,13 @@ def broken_run(split: Path, out: Path, kills: int, moment: random.Random) -> lis
 
 
 def steps_seen(text: str) -> int:
-    """The steps that a run has shown as done, from the first epoch on."""
+    """Return the number of steps, from the first epoch on, that a progress bar has shown as done."""
     shown = PROGRESS.findall(text)
     return max((int(epoch) * int(steps) + int(done) for epoch, done, steps in shown), default=0)
 
 
 def steps_saved(out: Path) -> int:
-    """The steps of the last checkpoint; both that are there must load."""
+    """Return the number of steps of the last checkpoint. The best checkpoint must load too."""
     if (out / BEST).exists():
         load_checkpoint(out / BEST)
     if not (out / CHECKPOINT).exists():
@@ -106,7 +106,7 @@ def steps_saved(out: Path) -> int:
 
 
 def same(first: Any, second: Any) -> bool:
-    """Bit for bit."""
+    """Return whether two parts of checkpoints are equal, bit for bit."""
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
     if isinstance(first, list | tuple):
@@ -115,13 +115,13 @@ def same(first: Any, second: Any) -> bool:
 
 
 def results(out: Path) -> list[dict[str, str]]:
-    """A run's rows of results, without times."""
+    """Return the rows of a run's results without their times."""
     with open(out / RESULTS, newline="") as file:
         return [{k: v for k, v in row.items() if not k.endswith("time_s")} for row in csv.DictReader(file)]
 
 
 def compare(whole: Path, broken: Path) -> list[str]:
-    """What differs between the end of two runs."""
+    """Return the names of the parts that differ between the ends of two runs."""
     different = []
     for name in (BEST, CHECKPOINT):
         first, second = (load_checkpoint(out / name) for out in (whole, broken))
@@ -141,10 +141,10 @@ def compare(whole: Path, broken: Path) -> list[str]:
 
 
 def measure(out: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Kill training ``kills`` times in as many runs as that takes; what was lost and what differs."""
+    """Kill training ``kills`` times, in as many runs as it takes. Return what was lost and what differs."""
     out.mkdir(parents=True, exist_ok=True)
     split, whole = out / "split", out / "whole"
-    execute("synthetic.py", *RATINGS, out / "ratings.csv")
+    write_ratings(out / "ratings.csv", **RATINGS)
     execute("convert.py", out / "ratings.csv", split, "-n", 40)
     execute("ncf.py", split, *TRAIN, "--overwrite", "-o", whole)
     moment, lost, different, runs = random.Random(seed), [], [], 0
@@ -157,6 +157,7 @@ def measure(out: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the script."""
     parser = ArgumentParser(prog="benchmarks.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")

@@ -1,9 +1,9 @@
-"""An exported ONNX model in onnxruntime beside the checkpoint that it is from: HR@10, NDCG@10, scores and top-10 lists.
+"""Compare an exported ONNX model in onnxruntime with its checkpoint: HR@10, NDCG@10, scores and top-10 lists.
 
     python -m benchmarks.onnx_accuracy SPLIT CHECKPOINT MODEL.onnx
 
-Both score every user's candidates of the split. A list is a user's ten best, where scores tie in the order of
-candidates, as in evaluation.
+Both score the candidates of all users of the split. A list has a user's ten best candidates. Equal scores are in the
+order of the candidates, as in evaluation.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from tqdm import tqdm
 from distiller.system.cli import ArgumentParser, InputError, run
 from distiller.system.tables import markdown_table
 from neural_cf.int8.scorer import scorer_of
-from neural_cf.ranking.candidates import score_sampled, users_per_block
+from neural_cf.ranking.candidates import SAMPLED_PAIRS_PER_BLOCK, score_sampled, users_per_block
 from neural_cf.ranking.metrics import metrics_of_ranks
 from neural_cf.ranking.places import place_last
 from neural_cf.ranking.scorers import Scorer
 from neural_cf.runs.hardware import machine
-from neural_cf.runs.models import load_saved
+from neural_cf.runs.models import read_model
 from neural_cf.serving.export import ALIKE
 from neural_cf.serving.exported_scorers import OnnxScorer, require_onnx
 from neural_cf.split import Split, load_split
 
-TOP = 10  # of HR, NDCG and lists
+TOP = 10  # cut-off of HR, NDCG and lists
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two scorers agree on all candidates, the checkpoint's first where there are two figures.
+    """The agreement of two scorers on all candidates. Pairs of figures have the checkpoint's figure first.
 
     Attributes:
-        hr: HR@10.
-        ndcg: NDCG@10.
+        hr: HR@10 of both scorers.
+        ndcg: NDCG@10 of both scorers.
         equal: Share of scores that differ by at most ``export.ALIKE``.
         mean: Mean absolute difference of scores.
-        max: Greatest likewise.
-        overlap: Mean over users of the share of the checkpoint's list that is in the other one.
-        same_lists: Share of users whose lists have the same items.
-        tied: Share of users whose last item of the checkpoint's list scores as the next one does.
-        distinct: Mean over users of the number of different scores that the checkpoint gives.
-        seconds: That scoring took.
+        max: Greatest absolute difference of scores.
+        overlap: Share of the checkpoint's list that is in the other list, averaged over users.
+        same_lists: Share of users whose two lists have the same items.
+        tied: Share of users for whom the checkpoint scores the last item of the list and the next one alike.
+        distinct: Number of different scores that the checkpoint gives to a user's candidates, averaged over users.
+        seconds: Seconds of scoring, of both scorers.
     """
 
     hr: tuple[float, float]
@@ -65,15 +65,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Scored:
-    """A block of users' candidates as one scorer has them.
+    """The results of one scorer for the C candidates of a block of B users.
 
     Attributes:
-        ranks: (B,) int64, of the test items.
-        scores: (B, C).
-        lists: (B, 10) int64, items.
-        tied: (B,) bool, whether a list's last item and the next one score alike.
+        ranks: (B,) int64, the ranks of the test items.
+        scores: (B, C), the scores of the candidates.
+        lists: (B, 10) int64, the items of the lists.
+        tied: (B,) bool, whether the last item of a list and the next one score alike.
         distinct: (B,) int64, the number of different scores.
-        seconds: That scoring took.
+        seconds: Seconds of scoring.
     """
 
     ranks: Tensor
@@ -85,7 +85,7 @@ class Scored:
 
 
 def scored(scorer: Scorer, split: Split) -> Iterator[Scored]:
-    """Score all users' candidates, block by block. Items that repeat count once, at their first place."""
+    """Yield the results for all users, block by block. Repeated items count once, at their first place."""
     blocks = score_sampled(scorer, split, range(split.nb_users))
     start = time.perf_counter()
     for candidates in blocks:
@@ -104,14 +104,15 @@ def scored(scorer: Scorer, split: Split) -> Iterator[Scored]:
 
 
 def nb_shared(one: Tensor, other: Tensor) -> Tensor:
-    """How many items of each list, (B, 10), are in the other one: (B,) int64."""
+    """Return how many items two lists share, (B,) int64, for lists (B, 10) of B users."""
     return (one[:, :, None] == other[:, None, :]).any(2).sum(1)
 
 
 def compare(ours: Scorer, theirs: Scorer, split: Split) -> Agreement:
-    """Score all candidates with both."""
+    """Score all candidates with both scorers, the checkpoint's first, and return how they agree."""
     blocks = zip(scored(ours, split), scored(theirs, split), strict=True)
-    bar = tqdm(blocks, total=-(-split.nb_users // users_per_block(split)), desc="Score", unit="block")
+    of_block = users_per_block(split.nb_candidates, SAMPLED_PAIRS_PER_BLOCK)
+    bar = tqdm(blocks, total=-(-split.nb_users // of_block), desc="Score", unit="block")
     ranks, parts = [], []
     for one, other in bar:
         ranks.append(torch.stack([one.ranks, other.ranks]))
@@ -136,7 +137,7 @@ def compare(ours: Scorer, theirs: Scorer, split: Split) -> Agreement:
 
 
 def table(found: Agreement) -> str:
-    """The figures as a table."""
+    """Return the figures as a table in Markdown."""
     rows = [
         (f"HR@{TOP}", *(f"{x:.4f}" for x in found.hr)),
         (f"NDCG@{TOP}", *(f"{x:.4f}" for x in found.ndcg)),
@@ -153,13 +154,14 @@ def table(found: Agreement) -> str:
 
 
 def main() -> None:
+    """Run the script."""
     parser = ArgumentParser(prog="onnx_accuracy.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("split", type=Path, help="directory of a split")
     parser.add_argument("checkpoint", type=Path, help="best.pth.tar or quantized.pth.tar")
-    parser.add_argument("onnx", type=Path, help="what export.py made of it")
+    parser.add_argument("onnx", type=Path, help="the model that neural-cf export made of it")
     args = parser.parse_args()
     require_onnx("onnx_accuracy.py")
-    split, saved = load_split(args.split), load_saved(args.checkpoint)
+    split, saved = load_split(args.split), read_model(args.checkpoint)
     saved.check_sizes(split, args.checkpoint, args.split)
     if split.nb_candidates <= TOP:
         raise InputError(f"{args.split}: {split.nb_candidates} candidates; lists of {TOP} need more")

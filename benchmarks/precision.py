@@ -1,14 +1,13 @@
-"""What each precision costs: FP32 beside INT8, 4 bits and quantization-aware training, over several seeds.
+"""Measure what each precision costs: FP32, INT8, 4 bits and quantization-aware training, over several seeds.
 
     python -m benchmarks.precision ratings.csv|DIRECTORY [--epochs 8] [--seeds 1 2 3 4 5] ...
 
-Everything goes through ncf.py as a user would type it; each command is shown as it is run. What was made by the same
-command line of the same files is there beside its result and not made again, so that a table that was interrupted goes
-on where it was.
+Every step is a command line of ncf.py that a user could type, and is shown as it is run. A record beside each result
+keeps a step from being repeated with the same command line and files, so that an interrupted table can be resumed.
 
-A model is that of the last epoch, after few enough of them that it does not overfit. The best epoch by the HR of the
-users that the table reports on would be lucky with them by some tenths of a point, and whatever changes the model, an
-epoch of quantization-aware training or tables of 4 bits, would lose this luck beside what it loses.
+Models are those of the last epoch, after so few epochs that they do not overfit. Choosing the epoch with the best hit
+rate (HR) of the users that the table reports on would favour FP32 by some tenths of a point of luck, which every change
+to the model would lose in addition to its real cost.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from neural_cf.ranking.significance import bootstrap_interval, mcnemar
 from neural_cf.runs.directory import CHECKPOINT, QUANTIZED, RANKS
 from neural_cf.split import Split, load_split
 
-TOP = 10  # of HR and NDCG
-EPOCHS = 8  # on ml-1m HR@10 rises until about then, and falls from the 12th on
+TOP = 10  # cut-off of HR and NDCG
+EPOCHS = 8  # on ml-1m HR@10 rises until about this epoch and falls from the 12th on
 FLOAT = f"{recipe.TRAINED}/{CHECKPOINT}"
 VAL_TIME = re.compile(r"val_time = ([\d.]+)")
-# The flags that name a file which a command reads.
+# The flags that name a file for a command to read.
 READS = ("--load", "--qe-stats-file", "--qe-config-file", "--compress")
 BOOTSTRAP_SEED = 0
 HEADER = (
@@ -57,13 +56,13 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where commands are run, or what stands for that where they are only shown.
+    """The paths and the seed in a command line, or shell variables for them where it is only shown.
 
     Attributes:
-        split: The split's directory.
-        out: The seed's directory.
+        split: The directory of the split.
+        out: The directory of the seed.
         seed: The seed.
-        root: The directory of the project's own files.
+        root: The directory of the project.
     """
 
     split: str
@@ -77,12 +76,12 @@ SHOWN = Place("$SPLIT", "$OUT/seed-$SEED", "$SEED", ".")
 
 @dataclass(frozen=True)
 class Step:
-    """A command line of ncf.py that goes on with a model.
+    """A command line of ncf.py that loads a model.
 
     Attributes:
-        flags: Those after ``--load``, with ``{out}`` and ``{root}`` for a place's.
-        leaves: The file that it leaves, in the seed's directory.
-        model: The file that it loads, likewise.
+        flags: The flags after ``--load``, in which ``{out}`` and ``{root}`` stand for paths of a ``Place``.
+        leaves: The file that the command writes, in the seed's directory.
+        model: The file that it loads, in the seed's directory.
     """
 
     flags: str
@@ -90,7 +89,7 @@ class Step:
     model: str = FLOAT
 
     def words(self, place: Place, args: argparse.Namespace) -> list[str]:
-        """What comes after ``ncf.py``."""
+        """Return the arguments of ncf.py."""
         load = recipe.loading_words(place.split, place.out, place.seed, args, self.model)
         flags = [word.format(out=place.out, root=place.root) for word in self.flags.split()]
         return [*map(str, load), *flags]
@@ -101,9 +100,9 @@ class Row:
     """A row of the table.
 
     Attributes:
-        name: As the table has it.
-        evaluation: What leaves its ranks.
-        before: The steps that must be done by then.
+        name: The name in the table.
+        evaluation: The step that writes the row's ranks.
+        before: The steps that must be done before the evaluation.
     """
 
     name: str
@@ -112,34 +111,34 @@ class Row:
 
 
 def row_of(name: str, slug: str, flags: str = "", *before: Step, model: str = FLOAT) -> Row:
-    """A row whose evaluation has the directory ``slug``, and ``flags`` beside ``--evaluate``."""
+    """Return a row whose evaluation writes to the directory ``slug``, with further ``flags``."""
     evaluation = Step(f"--evaluate -o {{out}}/{slug} {flags}", f"{slug}/{RANKS}", model)
     return Row(name, evaluation, before)
 
 
 def calibration(split_final: bool) -> Step:
-    """What leaves statistics of activations."""
+    """Return the step that writes statistics of activations."""
     words = recipe.calibration_words("{out}", split_final)
     return Step(" ".join(map(str, words)), recipe.STATISTICS[split_final])
 
 
 def fine_tuning(slug: str, schedule: str, rate: str) -> Step:
-    """An epoch of quantization-aware training, from the float model."""
+    """Return the step that trains the float model for an epoch of quantization-aware training (QAT)."""
     flags = f"--reset-optimizer -l {rate} -e 1 --compress {{root}}/{schedule} --overwrite -o {{out}}/{slug}"
     return Step(flags, f"{slug}/{CHECKPOINT}")
 
 
 INT8 = "--quantize-eval --qem asym_u --qepc"
-# As in ncf_qat.yaml and, with 4-bit weights, in ncf_qat_4bit.yaml.
+# The settings of schedules/ncf_qat.yaml and, with 4-bit weights, of schedules/ncf_qat_4bit.yaml.
 LIKE_QAT = "--quantize-eval --qeba 8 --qema asym_u --qemw sym --qepc --qenql final sigmoid"
 WHOLE, SPLIT = calibration(split_final=False), calibration(split_final=True)
 OF_WHOLE, OF_SPLIT = (f"--qe-stats-file {{out}}/{step.leaves}" for step in (WHOLE, SPLIT))
 AUTO = Step("--qe-auto -o {out}/auto", "auto/quant_auto.yaml")
 QAT_8, QAT_4 = (
-    fine_tuning("qat8", "ncf_qat.yaml", "0.00001"),
-    fine_tuning("qat4", "ncf_qat_4bit.yaml", "0.0001"),
+    fine_tuning("qat8", "schedules/ncf_qat.yaml", "0.00001"),
+    fine_tuning("qat4", "schedules/ncf_qat_4bit.yaml", "0.0001"),
 )
-# The first is the one that the others are compared with.
+# The other rows are compared with the first one.
 ROWS = (
     row_of("FP32", "fp32"),
     row_of("INT8", "int8", f"{INT8} {OF_WHOLE}", WHOLE),
@@ -178,12 +177,12 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one seed's model of a row does.
+    """The evaluation of one seed's model of a row.
 
     Attributes:
-        ranks: (V,) int64, of the test items of the users that the table reports on.
-        megabytes: Of the model, without its optimizer.
-        seconds: That evaluating all users took.
+        ranks: (V,) int64, the ranks of the test items of the users that the table reports on.
+        megabytes: The size of the model, without its optimizer.
+        seconds: The seconds that the evaluation of all users took.
     """
 
     ranks: torch.Tensor
@@ -193,13 +192,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """What a row has more than FP32, in points.
+    """The metrics of a row minus those of FP32, in points.
 
     Attributes:
-        hr: Mean over users and seeds.
-        p: That hits are equally likely in both, over all pairs of a user and a seed.
-        ndcg: Mean over users of their mean over seeds.
-        interval: Its 95 % interval, over users.
+        hr: The difference of HR, averaged over users and seeds.
+        p: The p-value for hits being equally likely in both, over all pairs of a user and a seed.
+        ndcg: The difference of NDCG, averaged over seeds and then over users.
+        interval: The 95 % interval of ``ndcg``, over users.
     """
 
     hr: float
@@ -210,15 +209,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class Figures:
-    """A row's figures.
+    """The figures of a row.
 
     Attributes:
-        name: The row's.
-        hr: Each seed's HR@k in percent.
-        ndcg: Likewise NDCG@k.
-        difference: From FP32; None for FP32 itself.
-        megabytes: Mean over seeds.
-        seconds: Median over seeds.
+        name: The name of the row.
+        hr: HR@k of each seed, in percent.
+        ndcg: NDCG@k of each seed, in percent.
+        difference: The difference from FP32; None for FP32 itself.
+        megabytes: The size of the model, averaged over seeds.
+        seconds: The seconds of evaluation, the median over seeds.
     """
 
     name: str
@@ -230,15 +229,15 @@ class Figures:
 
 
 def make(step: Step, place: Place, split: Split, args: argparse.Namespace) -> str:
-    """Do a step, unless the same command line has done it before with the same files.
+    """Take a step, unless the same command line has done so before with the same files.
 
-    A record beside what the step leaves says what made it.
+    A record beside the file that the step writes says what made it.
 
     Returns:
-        What it printed.
+        What the command printed.
 
     Raises:
-        InputError: it failed, or its record cannot be read.
+        InputError: the command failed, or the record cannot be read.
     """
     words = step.words(place, args)
     left = Path(place.out, step.leaves)
@@ -249,7 +248,7 @@ def make(step: Step, place: Place, split: Split, args: argparse.Namespace) -> st
         before = read_record(record)
         if before == made_by | {"leaves": file_digest(left), "output": before["output"]}:
             return before["output"]
-    # What is left half done has no record.
+    # An interrupted step leaves no record.
     record.unlink(missing_ok=True)
     output = recipe.execute("ncf.py", *words)
     made = made_by | {"leaves": file_digest(left), "output": output}
@@ -259,7 +258,7 @@ def make(step: Step, place: Place, split: Split, args: argparse.Namespace) -> st
 
 
 def data_of(split: Split) -> dict[str, Any]:
-    """What makes a split the one that it is: the ratings, and how negatives were drawn."""
+    """Return what identifies a split: the ratings, and how negatives were drawn."""
     return {
         "digest": split.digest,
         "seed": split.seed,
@@ -269,7 +268,11 @@ def data_of(split: Split) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What ``make`` has written; an ``InputError`` where it is something else."""
+    """Return the record that ``make`` has written.
+
+    Raises:
+        InputError: the file is not such a record.
+    """
     try:
         record = json.loads(path.read_text())
     except ValueError as error:
@@ -280,7 +283,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def evaluations_of_seed(path: Path, split: Split, seed: int, args: argparse.Namespace) -> list[Evaluation]:
-    """Train with a seed, do what every row needs, and evaluate every row."""
+    """Train with a seed, take the steps that the rows need, and evaluate each row."""
     out = args.out / f"seed-{seed}"
     recipe.train(path, out, seed, args)
     place = Place(str(path), str(out), str(seed), str(recipe.ROOT))
@@ -290,7 +293,7 @@ def evaluations_of_seed(path: Path, split: Split, seed: int, args: argparse.Name
 
 
 def evaluation_of(row: Row, place: Place, split: Split, args: argparse.Namespace) -> Evaluation:
-    """Evaluate a row, or read what its evaluation has left."""
+    """Evaluate a row, or read the results that its evaluation has written before."""
     output = make(row.evaluation, place, split, args)
     path = Path(place.out, row.evaluation.leaves)
     ranks = torch.from_numpy(np.load(path, allow_pickle=False)[nb_calibration_users(split) :])
@@ -303,7 +306,7 @@ def evaluation_of(row: Row, place: Place, split: Split, args: argparse.Namespace
 
 
 def figures_of(name: str, seeds: list[Evaluation], in_float: list[Evaluation] | None) -> Figures:
-    """A row's figures, from its evaluations and FP32's, in the same order of seeds; None for FP32 itself."""
+    """Return a row's figures from its evaluations and FP32's, by seed. For FP32, ``in_float`` is None."""
     metrics = [metrics_of_ranks(seed.ranks, TOP) for seed in seeds]
     return Figures(
         name,
@@ -316,7 +319,7 @@ def figures_of(name: str, seeds: list[Evaluation], in_float: list[Evaluation] | 
 
 
 def difference_of(ranks: torch.Tensor, in_float: torch.Tensor) -> Difference:
-    """What (S, V) ranks, of S seeds and V users, have more than FP32's."""
+    """Return the difference of metrics between ranks (S, V) of S seeds and V users and FP32's ranks."""
     hits, float_hits = ((x < TOP).numpy() for x in (ranks, in_float))
     gains = (gains_of_ranks(ranks, TOP) - gains_of_ranks(in_float, TOP)).mean(0).numpy()
     low, high = bootstrap_interval(gains, BOOTSTRAP_SEED)
@@ -329,7 +332,7 @@ def difference_of(ranks: torch.Tensor, in_float: torch.Tensor) -> Difference:
 
 
 def markdown(figures: list[Figures]) -> str:
-    """The table."""
+    """Return the table in Markdown."""
     rows = []
     for row in figures:
         means = (recipe.over_seeds(row.hr), recipe.over_seeds(row.ndcg))
@@ -338,7 +341,7 @@ def markdown(figures: list[Figures]) -> str:
 
 
 def cells(difference: Difference | None) -> tuple[str, str]:
-    """A difference's cells; empty where there is none."""
+    """Return a difference as the table's two cells, which are empty for None."""
     if difference is None:
         return "", ""
     p = f"p = {difference.p:.2g}" if difference.p >= 1e-4 else "p < 0.0001"
@@ -347,12 +350,12 @@ def cells(difference: Difference | None) -> tuple[str, str]:
 
 
 def signed(points: float) -> str:
-    """Points with a sign, and no minus before a zero."""
+    """Return points as text with a sign, which is plus for zero."""
     return f"{round(points, 2) + 0.0:+.2f}"
 
 
 def protocol(split: Split, args: argparse.Namespace) -> str:
-    """What the figures mean and how they came about."""
+    """Return a text on what the figures mean and how they were made."""
     chosen_by = nb_calibration_users(split)
     return (
         f"{recipe.protocol(split, args, 'the last')} HR and NDCG in percent, of the last "
@@ -364,7 +367,10 @@ def protocol(split: Split, args: argparse.Namespace) -> str:
 
 
 def commands(args: argparse.Namespace) -> dict[str, list[str]]:
-    """By row, the command lines that make it, in order, each where it is needed first; $SPLIT, $OUT, $SEED are open."""
+    """Return the command lines that make each row, in order and without those of the rows before.
+
+    They contain the shell variables $SPLIT, $OUT and $SEED.
+    """
     training = recipe.training_words(SHOWN.split, SHOWN.out, SHOWN.seed, args)
     result, seen = {row.name: [] for row in ROWS}, set()
     result[ROWS[0].name].append(shell_line(training))
@@ -376,19 +382,19 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def shell_line(words: list[object]) -> str:
-    """A command line of ncf.py, its variables left to the shell."""
+    """Return a command line of ncf.py, quoted so that the shell replaces its variables."""
     quoted = (f'"{word}"' if "$" in str(word) else shlex.quote(str(word)) for word in words)
     return f"python ncf.py {' '.join(quoted)}"
 
 
 def variables(path: Path, args: argparse.Namespace) -> str:
-    """The line that sets what is open in ``commands``, to the first seed's."""
+    """Return the shell line that sets the variables of ``commands``, to the first seed's values."""
     values = {"SPLIT": path, "OUT": args.out, "SEED": args.seeds[0]}
     return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
 
 
 def text_of(figures: list[Figures], path: Path, split: Split, args: argparse.Namespace) -> str:
-    """The table, what it means, and the commands, as a block that a shell takes."""
+    """Return the table, a text on what it means, and the commands as a block for a shell."""
     lines = [variables(path, args)]
     for name, of_row in commands(args).items():
         lines += [f"# {name}", *of_row]
@@ -397,7 +403,7 @@ def text_of(figures: list[Figures], path: Path, split: Split, args: argparse.Nam
 
 
 def json_of(figures: list[Figures], path: Path, split: Split, args: argparse.Namespace) -> str:
-    """The same as JSON."""
+    """Return the figures, the text on what they mean and the commands as JSON."""
     of_rows = commands(args)
     content = {
         "rows": [asdict(row) | {"commands": of_rows[row.name]} for row in figures],
@@ -409,6 +415,11 @@ def json_of(figures: list[Figures], path: Path, split: Split, args: argparse.Nam
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the command line's arguments.
+
+    Raises:
+        InputError: a seed is given twice.
+    """
     description = __doc__.split("\n\n")[0]
     parser = recipe.build_parser("precision.py", description, "run/precision", [1, 2, 3, 4, 5], EPOCHS)
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
@@ -419,6 +430,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the script."""
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = recipe.converted(args.data, args.out)

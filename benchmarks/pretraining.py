@@ -1,10 +1,10 @@
-"""What pre-training gains: GMF and MLP alone, joined, and trained on, over several seeds.
+"""Measure what pre-training gains: GMF and MLP alone, joined, and trained on as NeuMF, over several seeds.
 
     python -m benchmarks.pretraining ratings.csv|DIRECTORY [--seeds 1 2 3] ...
 
-Everything goes through ncf.py as a user would type it; each command is shown as it is run. A directory of ratings is
-a split with 99 negatives for the published figures. A run that is already in --out is used, and trained to its end
-where it was interrupted.
+Every step is a command line of ncf.py that a user could type, and is shown as it is run. The published figures are from
+splits with 99 negatives, which is also what a ratings file is converted to. A run that is already in --out is used; if
+it was interrupted, it is finished.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Figures:
-    """What a stage came to.
+    """The figures of one model: GMF, MLP, both joined, or NeuMF.
 
     Attributes:
         hr: HR@10 in percent.
-        ndcg: NDCG@10 likewise.
-        epochs: It was trained for; None where it was not.
-        train_time_s: Of these epochs, without evaluations.
+        ndcg: NDCG@10 in percent.
+        epochs: The number of epochs of training; None for a model that was not trained itself.
+        train_time_s: The seconds that these epochs took, without evaluations.
     """
 
     hr: float
@@ -53,7 +53,7 @@ class Figures:
 
 
 def words(split: Path, out: Path, seed: int, args: argparse.Namespace) -> list[object]:
-    """What trains a seed's model, after ``ncf.py``."""
+    """Return the arguments of ncf.py that train a seed's model."""
     rates = ["-l", args.learning_rate, "-e", args.epochs]
     branches = ["--pretrain", *args.pretrain, "--pretrain-rate", args.pretrain_rate]
     samples = ["-n", args.negative_samples, "--l2", args.l2]
@@ -62,10 +62,10 @@ def words(split: Path, out: Path, seed: int, args: argparse.Namespace) -> list[o
 
 
 def train(split: Path, out: Path, seed: int, args: argparse.Namespace) -> None:
-    """Train a seed's model, or finish its training, unless that is done.
+    """Train a seed's model, or finish its training, unless it is trained already.
 
     Raises:
-        InputError: what is there is the run of another table.
+        InputError: ``out`` has a run with other settings.
     """
     if args.overwrite or not (out / CONFIG).exists():
         recipe.execute("ncf.py", *words(split, out, seed, args))
@@ -82,7 +82,7 @@ def train(split: Path, out: Path, seed: int, args: argparse.Namespace) -> None:
 
 
 def figures_of(out: Path) -> dict[str, Figures]:
-    """The figures of a seed's run, by model: a branch's are those of its end, the whole one's of the best it was."""
+    """Return the figures of a seed's run: after the last epoch for a branch, at its best for NeuMF."""
     joined = JOINED.search((out / LOG).read_text())
     start = {"hr@10": float(joined[1]), "ndcg@10": float(joined[2])}
     return {
@@ -94,20 +94,20 @@ def figures_of(out: Path) -> dict[str, Figures]:
 
 
 def results(directory: Path) -> list[dict[str, float]]:
-    """A run's results, a row for each epoch or part of one."""
+    """Return a run's results, with a row for each epoch or part of one."""
     with open(directory / RESULTS, newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def figures_of_rows(choice: list[dict[str, float]], trained: list[dict[str, float]]) -> Figures:
-    """The figures of the row with the highest HR among ``choice``, and what all rows took."""
+    """Return the figures of the row of ``choice`` with the highest HR, and epochs and time of ``trained``."""
     best = max(choice, key=lambda row: row["hr@10"])
     seconds = sum(row["train_time_s"] for row in trained)
     return Figures(100 * best["hr@10"], 100 * best["ndcg@10"], int(trained[-1]["epoch"]) + 1, seconds)
 
 
 def markdown(figures: list[dict[str, Figures]]) -> str:
-    """The table: means over seeds, with standard deviations where there are several."""
+    """Return the table in Markdown: means over seeds, with standard deviations if there are several seeds."""
     rows = []
     for model in figures[0]:
         of_seeds = [of_seed[model] for of_seed in figures]
@@ -125,7 +125,7 @@ def markdown(figures: list[dict[str, Figures]]) -> str:
 
 
 def protocol(split: Split, args: argparse.Namespace) -> str:
-    """What the figures mean and how they came about."""
+    """Return a text on what the figures mean and how they were made."""
     spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
     return (
         f"{described(split)} Layers {' '.join(map(str, args.layers))}, {args.factors} factors, batch "
@@ -136,6 +136,7 @@ def protocol(split: Split, args: argparse.Namespace) -> str:
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the command line's arguments."""
     parser = recipe.build_parser(
         "pretraining.py", __doc__.split("\n\n")[0], "run/pretraining", [1, 2, 3], epochs=1
     )
@@ -150,6 +151,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the script."""
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     split = recipe.converted(args.data, args.out, nb_negatives=99)

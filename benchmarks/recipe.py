@@ -1,4 +1,4 @@
-"""What the tables share: the published recipe through ncf.py, as a user would type it, and where its models lie."""
+"""What the tables share: the published recipe as command lines of ncf.py, and the places of its models."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from neural_cf.runs.hardware import machine
 from neural_cf.split import Split, described, load_split
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINED = "base_fp32"  # of a seed's directory, the run that trains
-FLOAT = f"{TRAINED}/{BEST}"  # its best model
+TRAINED = "base_fp32"  # directory of the training run, in the seed's directory
+FLOAT = f"{TRAINED}/{BEST}"  # the best model of that run
 STATISTICS = {False: "quantization_stats_no_split.yaml", True: "quantization_stats_split.yaml"}
 
 
 def execute(*command: object) -> str:
-    """Run one of the project's scripts, its progress on stderr; what it prints on stdout.
+    """Run one of the project's scripts with its progress on stderr. Return what it prints on stdout.
 
     Raises:
-        InputError: it failed.
+        InputError: the script failed.
     """
     words = [str(word) for word in command]
     print(f"$ python {shlex.join(words)}", file=sys.stderr, flush=True)
@@ -38,7 +38,7 @@ def execute(*command: object) -> str:
 
 
 def converted(data: Path, out: Path, nb_negatives: int = 999) -> Path:
-    """The directory of the split: ``data`` itself, or what convert.py makes of it."""
+    """Return the directory of the split: ``data`` itself, or what convert.py makes of a ratings file."""
     if data.is_dir():
         return data
     directory = out / "split"
@@ -47,14 +47,14 @@ def converted(data: Path, out: Path, nb_negatives: int = 999) -> Path:
 
 
 def common_flags(split: Path | str, seed: int | str, args: argparse.Namespace) -> list[object]:
-    """The split and the flags that every step of the recipe has."""
+    """Return the split and the flags that every step of the recipe has."""
     return [split, "-b", args.batch_size, "--layers", *args.layers, "-f", args.factors, "--seed", seed]
 
 
 def training_words(
     split: Path | str, out: Path | str, seed: int | str, args: argparse.Namespace
 ) -> list[object]:
-    """What trains a seed's model, after ``ncf.py``; ``out`` is the seed's directory."""
+    """Return the arguments of ncf.py that train a seed's model; ``out`` is the seed's directory."""
     training = ["-l", args.learning_rate, "-e", args.epochs, "--overwrite", "-o", f"{out}/{TRAINED}"]
     return [*common_flags(split, seed, args), *training]
 
@@ -62,22 +62,22 @@ def training_words(
 def loading_words(
     split: Path | str, out: Path | str, seed: int | str, args: argparse.Namespace, model: str = FLOAT
 ) -> list[object]:
-    """What goes on with a seed's model, after ``ncf.py``; ``model`` is its file in the seed's directory ``out``."""
+    """Return the arguments of ncf.py that load a seed's ``model``, a file in the seed's directory ``out``."""
     return [*common_flags(split, seed, args), "--load", f"{out}/{model}"]
 
 
 def calibration_words(out: Path | str, split_final: bool) -> list[object]:
-    """What calibrates a model, after ``loading_words``."""
+    """Return the arguments of ncf.py that calibrate a model, to follow ``loading_words``."""
     flags = ["--split-final"] if split_final else []
     stats_out = ["--qe-stats-out", f"{out}/{STATISTICS[split_final]}", "-o", f"{out}/calibration"]
     return ["--qe-calibration", 0.1, *flags, *stats_out]
 
 
 def train(split: Path, out: Path, seed: int, args: argparse.Namespace) -> None:
-    """Train a seed's model in its directory ``out``, or finish its training, unless that is done.
+    """Train a seed's model in its directory ``out``, or finish its training, unless it is trained already.
 
     Raises:
-        InputError: what is there is the run of another table.
+        InputError: ``out`` has a run with other settings.
     """
     if args.overwrite or not (out / TRAINED / CHECKPOINT).exists():
         execute("ncf.py", *training_words(split, out, seed, args))
@@ -86,10 +86,10 @@ def train(split: Path, out: Path, seed: int, args: argparse.Namespace) -> None:
 
 
 def finish_training(split: Path, trained: Path, seed: int, args: argparse.Namespace) -> None:
-    """Resume a run that is there already, if it was interrupted.
+    """Resume the run in the directory ``trained`` if it was interrupted.
 
     Raises:
-        InputError: it is the run of another table.
+        InputError: the run has other settings.
     """
     config = json.loads((trained / CONFIG).read_text())
     wanted = {"seed": seed, "data_digest": load_split(split).digest} | {
@@ -105,13 +105,13 @@ def finish_training(split: Path, trained: Path, seed: int, args: argparse.Namesp
 
 
 def over_seeds(values: list[float]) -> str:
-    """A mean, with the standard deviation where there are several values."""
+    """Return the mean as text, with the standard deviation if there are several values."""
     spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
     return f"{mean(values):.2f}{spread}"
 
 
 def protocol(split: Split, args: argparse.Namespace, epoch: str) -> str:
-    """What the figures mean and how they came about; ``epoch`` says which of the epochs the model is of."""
+    """Return a text on what the figures mean and how they were made; ``epoch`` names the model's epoch."""
     spread = ": mean ± standard deviation" if len(args.seeds) > 1 else ""
     return (
         f"{described(split)} Layers {' '.join(map(str, args.layers))}, {args.factors} factors, "
@@ -121,14 +121,14 @@ def protocol(split: Split, args: argparse.Namespace, epoch: str) -> str:
 
 
 def build_parser(prog: str, description: str, out: str, seeds: list[int], epochs: int) -> ArgumentParser:
-    """The parser of a table's command line.
+    """Return the parser of a table's command line.
 
     Args:
         prog: The program's name.
-        description: What it does.
+        description: What the program does, for its help.
         out: The default of ``--out``.
-        seeds: That of ``--seeds``.
-        epochs: That of ``--epochs``.
+        seeds: The default of ``--seeds``.
+        epochs: The default of ``--epochs``.
     """
     parser = ArgumentParser(prog=prog, description=description)
     add = parser.add_argument

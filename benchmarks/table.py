@@ -1,9 +1,9 @@
-"""The README's benchmark table for a data set: convert, train, calibrate, evaluate, by the command lines there.
+"""Make the README's benchmark table for a data set: convert, train, calibrate, evaluate.
 
     python -m benchmarks.table ratings.csv|DIRECTORY [--epochs 20] [--seeds 1] ...
 
-Everything goes through ncf.py as a user would type it; each command is shown as it is run. The defaults are the
-published recipe. A model that is already in --out is used, and trained to its end where it was interrupted.
+Every step is a command line of ncf.py that a user could type, and is shown as it is run. The defaults are the published
+recipe. A model that is already in --out is used; if its training was interrupted, it is finished.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distiller.system.cli import run
 from distiller.system.tables import markdown_table
 from neural_cf.split import load_split
 
-METRICS = re.compile(r"Initial HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)")
+METRICS = re.compile(r"^(?:Initial )?HR@10 = ([\d.]+), NDCG@10 = ([\d.]+)", re.MULTILINE)
 MODES = {"asym_u": "Asymmetric", "sym": "Symmetric"}
 HEADER = ("Precision", "Mode", "Per-Channel", "Split Final Layer", "HR@10", "NDCG@10")
 
@@ -28,7 +28,7 @@ Figures = tuple[float, float]  # HR@10 and NDCG@10 in percent
 
 
 def figures_of_seed(split: Path, out: Path, seed: int, args: argparse.Namespace) -> dict[Row, Figures]:
-    """Train and calibrate with a seed, and evaluate: each row's figures."""
+    """Train and calibrate with a seed, and return the figures of each row's evaluation."""
     recipe.train(split, out, seed, args)
     load = recipe.loading_words(split, out, seed, args)
     for split_final in recipe.STATISTICS:
@@ -46,13 +46,13 @@ def figures_of_seed(split: Path, out: Path, seed: int, args: argparse.Namespace)
 
 
 def figures_in(output: str) -> Figures:
-    """The figures in what an evaluation printed."""
+    """Return the figures that an evaluation printed."""
     hr, ndcg = METRICS.search(output).groups()
     return 100 * float(hr), 100 * float(ndcg)
 
 
 def markdown(figures: list[dict[Row, Figures]]) -> str:
-    """The table: means over seeds, with standard deviations where there are several."""
+    """Return the table in Markdown: means over seeds, with standard deviations if there are several seeds."""
     rows = []
     for row in figures[0]:
         hr, ndcg = zip(*(of_seed[row] for of_seed in figures), strict=True)
@@ -61,10 +61,12 @@ def markdown(figures: list[dict[Row, Figures]]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the command line's arguments."""
     return recipe.build_parser("table.py", __doc__.split("\n\n")[0], "run/table", [1], 20).parse_args()
 
 
 def main() -> None:
+    """Run the script."""
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     split = recipe.converted(args.data, args.out)

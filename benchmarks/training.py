@@ -1,10 +1,10 @@
-"""Training speed: our step against plain PyTorch, how far it is from the hardware's limit, and what size costs.
+"""Measure the speed of training: against plain PyTorch, against the hardware's limit, and at several sizes.
 
     python -m benchmarks.training [SPLIT] [--json] [--sizes 1 5 20 100]
 
-The first table is of the split given, or of random pairs at ml-20m's size: the steps of ncf.py, drawing their batches
-included, against a plain loop with torch.optim.Adam(fused=True) over nn.Embedding, whose batches cost it nothing. All
-take turns in one run. The second table is of random pairs at several sizes.
+The first table is measured on the given split, or on random pairs at ml-20m's size. It compares the steps of ncf.py,
+including the time to draw their batches, with a plain loop that uses torch.optim.Adam(fused=True) and nn.Embedding and
+has its batches ready. All of them take turns in one run. The second table is measured on random pairs at several sizes.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ from neural_cf.training.lazy_adam import DENSE_STEPS, LazyAdam
 from neural_cf.training.step import Step
 
 FACTORS, LAYERS, LEARNING_RATE, NEGATIVES = 64, [256, 256, 128, 64], 0.0005, 4
-WIDTH = FACTORS + LAYERS[0] // 2  # of a user's or an item's row
-# Users and items of MovieLens 1M and 20M; between and beyond, about as many ratings a user.
+WIDTH = FACTORS + LAYERS[0] // 2  # values in the row of a user or an item
+# Users, items and ratings by millions of ratings. 1 and 20 are MovieLens 1M and 20M; the others have about as many
+# ratings a user.
 SIZES = {
     1: (6_040, 3_706, 1_000_209),
     5: (34_600, 13_400, 5_000_000),
     20: (138_493, 26_744, 20_000_263),
     100: (692_000, 80_000, 100_000_000),
 }
-PREPARED = 64  # batches that the plain loop goes round and round
+PREPARED = 64  # batches that the plain loop uses over and over
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to train: ``step`` takes what ``batches`` hands out."""
+    """A way to train: a ``step`` function and the endless ``batches`` for it."""
 
     batches: Iterator[Batch]
     step: Callable[[Batch], Tensor]
 
     def seconds(self, steps: int) -> float:
-        """The time of a step, over ``steps`` of them."""
+        """Return the seconds that one step takes, on average over ``steps`` steps."""
         finish()
         start = time.perf_counter()
         for batch in islice(self.batches, steps):
@@ -62,13 +63,13 @@ class Contender:
 
 
 def finish() -> None:
-    """Wait for the GPU, if there is one."""
+    """Wait until the GPU has finished its work, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def random_split(users: int, items: int, ratings: int, negatives: int = 1) -> Split:
-    """A split of uniformly random training pairs and candidates."""
+    """Return a split with uniformly random training pairs and candidates."""
     random = np.random.default_rng(0)
     return Split(
         nb_users=users,
@@ -86,13 +87,14 @@ def random_split(users: int, items: int, ratings: int, negatives: int = 1) -> Sp
 
 
 def new_model(split: Split, device: torch.device) -> NeuMF:
+    """Return a NeuMF of the published sizes, with initial weights, for the users and items of a split."""
     torch.manual_seed(0)
     with device:
         return NeuMF(split.nb_users, split.nb_items, FACTORS, LAYERS)
 
 
 def plain(split: Split, batches: list[Batch], device: torch.device) -> Contender:
-    """The loop that a user of PyTorch would write, over batches that are ready."""
+    """Return the loop that a user of PyTorch would write, over batches that are ready."""
     model = new_model(split, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
     loss_of = nn.BCEWithLogitsLoss()
@@ -110,7 +112,7 @@ def plain(split: Split, batches: list[Batch], device: torch.device) -> Contender
 def ours(
     split: Split, source: TrainingBatches, precision: str, compiled: bool, device: torch.device
 ) -> Contender:
-    """The steps of ncf.py beyond its first, dense ones, over the batches that it draws."""
+    """Return the steps of ncf.py after its first, dense ones, over the batches that it draws."""
     model = new_model(split, device)
     optimizer = LazyAdam(model.parameters(), model.tables(), lr=LEARNING_RATE)
     step = Step(model, optimizer, precision, compiled)
@@ -123,7 +125,7 @@ def ours(
 
 
 def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of every contender in every round, after a warm-up."""
+    """Return the seconds per step of each contender in each round, after a warm-up."""
     for contender in contenders.values():
         contender.seconds(max(10, steps // 4))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -134,7 +136,10 @@ def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dic
 
 
 def matrix_shapes(batch_size: int) -> list[tuple[int, int, int]]:
-    """(m, k, n) of the matrix products of a step: forward, to the inputs, to the weights."""
+    """Return the shapes (m, k, n) of a step's matrix products.
+
+    Each linear layer has one in the forward pass and two in the backward pass, for its inputs and its weights.
+    """
     widths = [*pairwise(LAYERS), (FACTORS + LAYERS[-1], 1)]
     return [
         shape for k, n in widths for shape in ((batch_size, k, n), (batch_size, n, k), (n, batch_size, k))
@@ -142,7 +147,7 @@ def matrix_shapes(batch_size: int) -> list[tuple[int, int, int]]:
 
 
 def matrix_seconds(batch_size: int, precision: str, device: torch.device) -> float:
-    """The time of a step's matrix products alone, as fast as PyTorch does them: the step's limit."""
+    """Return the seconds of a step's matrix products alone in PyTorch, which no step can be faster than."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     pairs = [
         (torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype))
@@ -160,7 +165,7 @@ def matrix_seconds(batch_size: int, precision: str, device: torch.device) -> flo
 
 
 def parts(split: Split, source: TrainingBatches, compiled: bool, device: torch.device) -> dict[str, float]:
-    """Seconds per step of the parts that work on rows, each measured alone."""
+    """Return the seconds per step to draw a batch, to fetch rows and to update rows, each measured alone."""
     contender = ours(split, source, "fp32", compiled, device)
     optimizer = contender.step.optimizer
     batches = list(islice(contender.batches, PREPARED))
@@ -187,21 +192,21 @@ def parts(split: Split, source: TrainingBatches, compiled: bool, device: torch.d
 
 
 def work(split: Split, source: TrainingBatches) -> dict[str, float]:
-    """Floating-point operations of a step's matrix products, and bytes that a step's optimizer moves."""
+    """Return the floating-point operations of a step's matrix products, and the bytes its optimizer moves."""
     batch = next(source.epoch(0))
     rows = sum(len(ids.rows.unique()) for ids in (batch.distinct_users, batch.distinct_items))
     parameters = (split.nb_users + split.nb_items) * WIDTH
     return {
         "flop": 2 * sum(m * k * n for m, k, n in matrix_shapes(source.batch_size)),
-        # Weights and moments read to catch up, read and written to update; the gradient written and read.
+        # Weights and moments are read to catch up, and read and written to update; the gradient is written and read.
         "bytes_lazy": rows * WIDTH * 4 * (3 + 3 + 3 + 2),
-        # The gradient cleared, added to and read; weights and moments read and written.
+        # The gradient is cleared, added to and read; weights and moments are read and written.
         "bytes_dense": parameters * 4 * (3 + 6),
     }
 
 
 def compare(split: Split, args: argparse.Namespace, compiled: bool, device: torch.device) -> dict[str, Any]:
-    """Every figure of the first table."""
+    """Measure all figures of the first table."""
     source = TrainingBatches(split, args.batch_size, NEGATIVES, 0, device)
     batches = list(islice(source.epoch(0), min(PREPARED, len(source) - 1)))
     contenders = {"plain": plain(split, batches, device)} | {
@@ -220,8 +225,8 @@ def compare(split: Split, args: argparse.Namespace, compiled: bool, device: torc
 
 
 def by_size(millions: int, args: argparse.Namespace, compiled: bool, device: torch.device) -> dict[str, Any]:
-    """A row of the second table."""
-    torch.compiler.reset()  # other shapes
+    """Measure a row of the second table."""
+    torch.compiler.reset()  # because the shapes differ from those before
     users, items, ratings = SIZES[millions]
     split = random_split(users, items, ratings)
     source = TrainingBatches(split, args.batch_size, NEGATIVES, 0, device)
@@ -237,7 +242,7 @@ def by_size(millions: int, args: argparse.Namespace, compiled: bool, device: tor
 
 
 def speed_table(figures: dict[str, Any]) -> str:
-    """The first table and what explains it."""
+    """Return the first table in Markdown, with a text that explains its figures."""
     batch, seconds, limits = (figures[key] for key in ("batch_size", "seconds", "matrix_seconds"))
     lines = [
         "| step | ms, median (least to greatest) | samples/s | times plain | matrix products alone, ms | times that |",
@@ -265,7 +270,7 @@ def speed_table(figures: dict[str, Any]) -> str:
 
 
 def size_table(rows: list[dict[str, Any]], batch_size: int) -> str:
-    """The second table."""
+    """Return the second table in Markdown."""
     lines = [
         "| ratings | users | items | plain, samples/s | ours, samples/s | times plain |",
         "|---|---|---|---|---|---|",
@@ -280,6 +285,11 @@ def size_table(rows: list[dict[str, Any]], batch_size: int) -> str:
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the command line's arguments.
+
+    Raises:
+        InputError: one of them is out of its range.
+    """
     parser = ArgumentParser(prog="training.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     number = {"type": int, "metavar": "N"}
@@ -306,6 +316,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the script."""
     args = parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     why = "--no-compile" if args.no_compile else why_not_compiled(device)

@@ -1,1 +1,1 @@
-"""Distiller: calibration and linear quantization of PyTorch models, as far as NeuMF needs them."""
+"""Calibration, linear quantization and ONNX export of PyTorch models, as far as NeuMF needs them."""

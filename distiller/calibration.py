@@ -1,6 +1,6 @@
-"""Statistics of activations, by hooks on every leaf module.
+"""Calibration: statistics of a model's activations, collected by hooks on every leaf module.
 
-Shapes: a forward sees B batches of R rows each, C values a row.
+Shapes: a forward sees B batches of R rows each, with C values in a row.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from distiller.graph import leaf_modules
 from distiller.quantization.histogram import Histogram
 from distiller.quantization.statistics import Statistics, save_statistics, text_of_columns
 
-STATS_FILE = "acts_quantization_stats.yaml"
-HISTOGRAM_BINS = 2048  # a quarter of one of 256 quantization levels is then still resolved
+CALIBRATED_STATS_FILE = "acts_quantization_stats.yaml"
+HISTOGRAM_BINS = 2048  # enough to resolve a quarter of one of 256 quantization levels
 
 TestFunction = Callable[..., object]
 
 
 @dataclass
 class _TensorRecord:
-    """Running statistics of one input or output over all forwards. Sums are Python floats, float64."""
+    """The running statistics of a module's input or output over all forwards; the sums are in float64."""
 
     shape: str
     min: float = float("inf")
@@ -39,17 +39,18 @@ class _TensorRecord:
     square_sum: float = 0.0
     deviation_sum: float = 0.0
     column_max: Tensor | None = None
-    counts: Tensor | None = None  # of float values, over [min, max]
+    counts: Tensor | None = None  # a histogram over [min, max], of floating-point values only
 
     @property
     def mean(self) -> float:
+        """The mean over all elements so far."""
         return self.sum / self.count
 
     def add_range(self, batches: Tensor) -> None:
-        """Take in (B, R, C) values: ranges and sums."""
+        """Add (B, R, C) values to the ranges and the sums, in the first pass."""
         low, high = torch.aminmax(batches.flatten(0, 1), dim=1)  # by row
         if batches.shape[2] == 1:
-            # One value is no range of a row: its batch's range stands for it.
+            # A single value has no range; the range of its batch takes the place of its row's.
             low, high = batches.amin((1, 2)), batches.amax((1, 2))
         weight = batches.shape[0] * batches.shape[1] / len(low)
         self.min = min(self.min, float(low.min()))
@@ -65,19 +66,20 @@ class _TensorRecord:
         self.row_max_sum += weight * high.sum(dtype=torch.float64).item()
 
     def add_deviation(self, batches: Tensor) -> None:
-        """Take in (B, R, C) values again: deviations from the final mean."""
+        """Add the deviations of (B, R, C) values from the final mean, in the second pass."""
         deviation = batches.double().sub_(self.mean).abs_()
         self.deviation_sum += deviation.sum().item()
         self.square_sum += deviation.square_().sum().item()
 
     def add_counts(self, batches: Tensor) -> None:
-        """Take in (B, R, C) values again: how often each part of the final range occurs."""
+        """Count (B, R, C) values in the histogram over the final range, in the second pass."""
         counts = torch.tensor([float(batches.numel())], dtype=torch.float64)
         if self.min < self.max:
             counts = torch.histc(batches.float(), HISTOGRAM_BINS, self.min, self.max).double().cpu()
         self.counts = counts if self.counts is None else self.counts + counts
 
     def summary(self) -> dict:
+        """Return the statistics by name, as ``collect_quant_stats`` lists them."""
         of_floats = {}
         if self.counts is not None:
             of_floats["column_max"] = text_of_columns(self.column_max)
@@ -96,6 +98,8 @@ class _TensorRecord:
 
 @dataclass
 class _ModuleRecord:
+    """The running statistics of a leaf module: of its inputs by position, and of its output."""
+
     inputs: dict[int, _TensorRecord] = field(default_factory=dict)
     output: _TensorRecord | None = None
 
@@ -106,24 +110,24 @@ def collect_quant_stats(
     save_dir: str | os.PathLike | None = None,
     rows_per_batch: int | None = None,
 ) -> Statistics:
-    """Collect what post-training quantization needs to know of activations.
+    """Collect the statistics of activations that post-training quantization needs.
 
-    Of every input and output of every leaf module that ``test_fn`` makes ``model`` call: min, max; mean, std
-    (population) and b (mean absolute deviation) over all elements; avg_min and avg_max, the mean over rows of a
-    row's min and max. A tensor of one value per row uses its batch's min and max in place of the row's. Of floating
-    point values, also every column's max and a histogram of ``HISTOGRAM_BINS`` over [min, max].
+    Every input and output of every leaf module that ``test_fn`` makes ``model`` call gets: min and max; mean, std
+    (population) and b (mean absolute deviation) over all elements; avg_min and avg_max, the means over rows of the
+    row's min and max, or of its batch's where rows hold one value each. Floating-point tensors also get the max of
+    every column and a histogram of ``HISTOGRAM_BINS`` bins over [min, max].
 
     Args:
-        model: In float; put into evaluation mode.
-        test_fn: Called as ``test_fn(model=model)``, twice, without gradients. Both calls must be alike.
-        save_dir: Where to write the statistics, as ``STATS_FILE``.
-        rows_per_batch: R, where a forward holds several batches; by default a forward is one batch.
+        model: The float model; it is put into evaluation mode.
+        test_fn: Called twice as ``test_fn(model=model)``, without gradients. Both calls must do the same.
+        save_dir: The directory to write the statistics to, as ``CALIBRATED_STATS_FILE``; None to write none.
+        rows_per_batch: R, if a forward holds several batches; by default a forward is one batch.
 
     Returns:
-        By module, in the order of ``named_modules``: ``inputs`` by position, and ``output``.
+        The statistics by module, in the order of ``named_modules``: ``inputs`` by position, and ``output``.
 
     Raises:
-        ValueError: a forward's rows are no multiple of ``rows_per_batch``, or no module was called.
+        ValueError: a forward's rows are no multiple of ``rows_per_batch``, or ``test_fn`` calls no module.
     """
     records: dict[str, _ModuleRecord] = {}
 
@@ -156,7 +160,7 @@ def collect_quant_stats(
         if name in records
     }
     if save_dir is not None:
-        save_statistics(statistics, Path(save_dir) / STATS_FILE)
+        save_statistics(statistics, Path(save_dir) / CALIBRATED_STATS_FILE)
     return statistics
 
 
@@ -165,12 +169,13 @@ Visit = Callable[[str, int | None, Tensor, str], None]
 
 @contextmanager
 def _visited(model: nn.Module, visit: Visit, rows_per_batch: int | None) -> Iterator[None]:
-    """While it lasts, ``visit(name, position, (B, R, C) values, shape)`` of leaf modules' tensors.
+    """Call ``visit`` for every input and output of the leaf modules that run within the context.
 
-    ``position`` is the input's, None for the output.
+    Its arguments are the module's name, the input's position (None for the output), the (B, R, C) values, and the text
+    of one batch's shape.
     """
 
-    def tensors(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def hook_of(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             for position, x in [*enumerate(inputs), (None, output)]:
                 visit(name, position, *_batches(x.detach(), rows_per_batch))
@@ -178,7 +183,7 @@ def _visited(model: nn.Module, visit: Visit, rows_per_batch: int | None) -> Iter
         return hook
 
     model.eval()
-    handles = [module.register_forward_hook(tensors(name)) for name, module in leaf_modules(model).items()]
+    handles = [module.register_forward_hook(hook_of(name)) for name, module in leaf_modules(model).items()]
     try:
         with torch.no_grad():
             yield
@@ -188,7 +193,7 @@ def _visited(model: nn.Module, visit: Visit, rows_per_batch: int | None) -> Iter
 
 
 def _batches(x: Tensor, rows_per_batch: int | None) -> tuple[Tensor, str]:
-    """(B, R, C) values, and the text of one batch's shape."""
+    """Return a tensor as (B, R, C) values, and the text of one batch's shape."""
     rows = rows_per_batch or len(x)
     if len(x) % rows:
         raise ValueError(f"a forward of {len(x)} rows does not divide into batches of {rows}")

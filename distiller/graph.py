@@ -1,4 +1,4 @@
-"""Which module's output goes into which module."""
+"""The graph of a model: which module's output goes into which module."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ELEMENT_BY_ELEMENT = (nn.Identity, nn.Dropout, nn.ReLU, nn.Sigmoid, nn.Tanh, Elt
 
 @dataclass
 class ModuleCall:
-    """A leaf module's place in the graph.
+    """A leaf module's place in the graph of a model.
 
     Attributes:
-        inputs: For each tensor input, the name of the module it comes from; None where it is an input of the
+        inputs: For each tensor input, the name of the module that it comes from; None if it is an input of the
             model or the result of a function.
-        consumers: The names of the modules that read the output; None for each other use of it.
-        calls: How often the forward calls the module.
+        consumers: The names of the modules that read the output, and None for every other use of it.
+        calls: The number of times that the forward calls the module.
     """
 
     inputs: list[str | None] = field(default_factory=list)
@@ -32,33 +32,36 @@ class ModuleCall:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module has no modules in it."""
+    """Return whether a module has no submodules."""
     return not any(module.children())
 
 
 def leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules without children by name, in the order of ``named_modules``."""
+    """Return the modules without submodules by name, in the order of ``named_modules``."""
     return {name: module for name, module in model.named_modules() if is_leaf(module)}
 
 
 class _LeafTracer(fx.Tracer):
+    """A tracer that goes into every module that has submodules."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether the tracer records a module as one call, which it does if the module is a leaf."""
         return is_leaf(m)
 
 
 def module_graph(model: nn.Module, dummy_input: Any) -> dict[str, ModuleCall]:
-    """Trace a model's forward.
+    """Trace a model's forward and return the graph of its leaf modules.
 
     Args:
-        model: Its forward may branch on arguments that are not tensors, or on (0-dimensional) bool tensors:
-            these are taken as they stand in ``dummy_input``, or at their defaults.
-        dummy_input: The forward's arguments, or the only one.
+        model: The model. Its forward may branch on arguments that are not tensors, and on 0-dimensional bool tensors;
+            the trace takes these at their values in ``dummy_input``, or at their defaults.
+        dummy_input: The forward's arguments as a tuple or list, or its only argument.
 
     Returns:
-        Leaf modules by name, in the order of their first call.
+        The leaf modules' calls by name, in the order of their first call.
 
     Raises:
-        ValueError: the forward depends on the values of its tensors and so has no one graph.
+        ValueError: the forward depends on the values of its tensors, so that it has more than one graph.
     """
     arguments = dummy_input if isinstance(dummy_input, tuple | list) else (dummy_input,)
     bound = inspect.signature(model.forward).bind(*arguments)
@@ -71,7 +74,7 @@ def module_graph(model: nn.Module, dummy_input: Any) -> dict[str, ModuleCall]:
             fixed[name] = bool(value)
     try:
         graph = _LeafTracer().trace(model, concrete_args=fixed)
-    # A forward that looks into its tensors fails in whatever way it does when it finds none.
+    # A forward that reads values of tensors can fail in any way while it is traced, when there are none.
     except Exception as error:
         raise ValueError(f"the model's forward cannot be traced: {error}") from error
 
@@ -90,7 +93,7 @@ def module_graph(model: nn.Module, dummy_input: Any) -> dict[str, ModuleCall]:
 
 
 def output_widths(graph: Mapping[str, ModuleCall], modules: Mapping[str, nn.Module]) -> dict[str, int | None]:
-    """How many columns a module puts out, by name; None where its kind does not say."""
+    """Return the number of columns of every module's output by name; None if the module's type does not say."""
     widths: dict[str, int | None] = {}
     for name, call in graph.items():
         module, inputs = modules[name], [widths.get(source) for source in call.inputs]

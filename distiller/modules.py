@@ -1,4 +1,4 @@
-"""Arithmetic between tensors as modules, so that it has a name, statistics and a quantized form."""
+"""Operations between tensors as modules, which gives each a name, calibration statistics and a quantized form."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from torch import Tensor, nn
 
 
 class Concat(nn.Module):
-    """Concatenation along ``dim``."""
+    """A concatenation of tensors along dimension ``dim``."""
 
     def __init__(self, dim: int = 1):
         super().__init__()
         self.dim = dim
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        """Return the tensors joined along ``dim``."""
         return torch.cat(tensors, dim=self.dim)
 
 
 class EltwiseAdd(nn.Module):
-    """Sum of tensors of one shape, element by element."""
+    """An element-wise sum of tensors of one shape."""
 
     def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+        """Return the sum, added up from left to right."""
         result = first
         for other in others:
             result = result + other
@@ -28,9 +30,10 @@ class EltwiseAdd(nn.Module):
 
 
 class EltwiseMult(nn.Module):
-    """Product of tensors of one shape, element by element."""
+    """An element-wise product of tensors of one shape."""
 
     def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+        """Return the product, multiplied from left to right."""
         result = first
         for other in others:
             result = result * other

@@ -1,8 +1,8 @@
-"""A float or a prepared model as an ONNX graph, its integers between QuantizeLinear and DequantizeLinear.
+"""ONNX graphs of float and quantized models, with integers between QuantizeLinear and DequantizeLinear.
 
-ONNX has q = saturate(round(x / s) + z) and x = (q - z) s: its s is 1 / scale and its z is -zero_point of
-``quantization.linear``. A quantized tensor stands in the graph twice: as real values, and in units of its scale, which
-are the whole numbers q - z. What no node reads is left out in the end.
+ONNX defines q = saturate(round(x / s) + z) and x = (q - z) s. In terms of ``distiller.quantization.linear``, its s is
+1 / scale and its z is -zero_point. The graph has a quantized tensor in two forms: as real values x, and in units of its
+scale, which are the whole numbers q - z. In the end, nodes that the output does not depend on are left out.
 
 Shapes: N pairs, K input features or columns, M output features.
 """
@@ -38,9 +38,10 @@ from distiller.quantization.wrappers import (
 )
 from distiller.system.cli import InputError
 
-# The first with integers of 16 bits; ONNX Runtime reads it since 1.18 (May 2024), by IR version 10.
+# The first opset with 16-bit integers; ONNX Runtime reads it since 1.18 (May 2024), which reads up to IR version 10.
 OPSET, IR_VERSION = 21, 10
-MAX_BYTES = (1 << 31) - (1 << 20)  # of a protocol buffer, less room for nodes
+MAX_BYTES = (1 << 31) - (1 << 20)  # bytes of weights: the limit of a protocol buffer, less room for nodes
+# The operators of modules without weights or attributes.
 SIMPLE = {
     nn.ReLU: "Relu",
     nn.Sigmoid: "Sigmoid",
@@ -52,12 +53,13 @@ SIMPLE = {
 
 @dataclass(frozen=True)
 class Value:
-    """What a module puts out.
+    """A module's output in the graph.
 
     Attributes:
-        real: Name of the tensor of floats.
-        units: Name of the tensor of the same in units of its scales, q - z in floats; None of a float module's output.
-        params: What it was quantized with: (1,) or, by column, (K,); None where it was not, or every row has its own.
+        real: The name of its tensor of real values, float32.
+        units: The name of its tensor in units of its scale, q - z in float32; None if ``params`` is None.
+        params: The (1,) parameters that it was quantized with, or (K,) for each column; None if it was not quantized,
+            or if every row has parameters of its own.
     """
 
     real: str
@@ -72,17 +74,18 @@ def onnx_model(
     output: str,
     weights: Mapping[str, WeightSettings | None] | None = None,
 ) -> onnx.ModelProto:
-    """Build the graph of a model of any number of rows.
+    """Build the ONNX model of a model's graph, for any number of rows.
 
     Args:
-        graph: Leaf modules in the order of their calls.
-        modules: By the same names, in float or as ``PostTrainLinearQuantizer`` has prepared them.
-        inputs: By embedding, the name of the input, (N,) int64, that it reads.
-        output: Name for what the last module puts out, (N, 1) float32.
-        weights: By layer, how its weights are quantized; needed of prepared modules.
+        graph: The calls of the leaf modules by name, in order.
+        modules: The modules by the same names, in float or as ``PostTrainLinearQuantizer`` has prepared them.
+        inputs: For each embedding by name, the name of the (N,) int64 input that it reads.
+        output: The name of the graph's output, the (N, 1) float32 output of the last module.
+        weights: For each layer by name, how its weights are quantized; required for prepared modules.
 
     Raises:
-        InputError: naming a layer that ONNX cannot hold, or the model is larger than an ONNX file may be.
+        InputError: ONNX cannot express a layer, which the message names, or the model is larger than an ONNX file may
+            be.
     """
     builder = GraphBuilder(weights or {})
     values: dict[str, Value] = {}
@@ -109,7 +112,7 @@ def onnx_model(
 
 
 def _read_nodes(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
-    """The nodes that ``output`` depends on, in their order."""
+    """Return the nodes that ``output`` depends on, in their order."""
     needed, kept = {output}, []
     for node in reversed(nodes):
         if needed.intersection(node.output):
@@ -119,7 +122,11 @@ def _read_nodes(nodes: Sequence[onnx.NodeProto], output: str) -> list[onnx.NodeP
 
 
 def integer_type(q_min: int, q_max: int) -> np.dtype:
-    """The smallest integers that ONNX quantizes to and that hold [q_min, q_max]."""
+    """Return the smallest integer type that ONNX can quantize to and that holds [q_min, q_max].
+
+    Raises:
+        ValueError: no such type holds the range.
+    """
     for kind in (np.uint8, np.int8, np.uint16, np.int16):
         if np.iinfo(kind).min <= q_min and q_max <= np.iinfo(kind).max:
             return np.dtype(kind)
@@ -127,16 +134,22 @@ def integer_type(q_min: int, q_max: int) -> np.dtype:
 
 
 def flat(x: Tensor) -> np.ndarray:
-    """A scalar where a tensor's values are all the same, else its values in one dimension; in float64."""
+    """Return a tensor's values in float64: one scalar if they are all equal, else in one dimension."""
     values = x.double().flatten().numpy()
     return values[0] if (values == values[0]).all() else values
 
 
 class GraphBuilder:
-    """Collects nodes and initializers, module after module.
+    """A collector of the nodes and initializers of an ONNX graph, to which modules are added one after the other.
+
+    Its methods take ``name``, from which they form the names of what they add, and return names of tensors.
 
     Args:
-        weights: By layer, how its weights are quantized.
+        weights: For each layer by name, how its weights are quantized.
+
+    Attributes:
+        nodes: The nodes so far, in order.
+        initializers: The constants so far, by name.
     """
 
     def __init__(self, weights: Mapping[str, WeightSettings | None]):
@@ -145,19 +158,19 @@ class GraphBuilder:
         self.initializers: dict[str, TensorProto] = {}
 
     def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
-        """Add a node; the name of its output."""
+        """Add a node of an operator and return the name of its output."""
         self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, value: np.ndarray | float) -> str:
-        """Add an initializer, of floats in float32; its name."""
+        """Add an initializer and return its name; floating-point values become float32."""
         array = np.asarray(value)
         array = array.astype(np.float32) if array.dtype.kind == "f" else array
         self.initializers[name] = numpy_helper.from_array(array.copy(), name)
         return name
 
     def scale(self, name: str, params: QuantParams) -> list[str]:
-        """Scale and zero point of integers, scalars where all are the same."""
+        """Add ONNX's scale and zero point of these parameters and return their names; equal values become scalars."""
         scale, zero_point = flat(params.scale), flat(-params.zero_point)
         shape = np.broadcast_shapes(scale.shape, zero_point.shape)
         kind = integer_type(params.q_min, params.q_max)
@@ -167,7 +180,7 @@ class GraphBuilder:
         ]
 
     def value(self, name: str, integers: str, params: QuantParams) -> Value:
-        """A tensor of integers, with one scale or one for every column, as both kinds of floats."""
+        """Add both forms of a tensor of integers, which has one scale or one for every column."""
         real = self.scale(f"{name}/real", params)
         units = self.scale(f"{name}/units", in_units(params))
         return Value(
@@ -177,7 +190,7 @@ class GraphBuilder:
         )
 
     def quantize(self, name: str, x: str, params: QuantParams) -> str:
-        """Integers of floats, which saturate where ``params`` have fewer of them than the type."""
+        """Add the quantization of a real tensor; it saturates at the range of ``params``, also below the type's."""
         limits = np.iinfo(integer_type(params.q_min, params.q_max))
         if (limits.min, limits.max) != (params.q_min, params.q_max):
             low, high = ((end + params.zero_point) / params.scale for end in (params.q_min, params.q_max))
@@ -188,7 +201,11 @@ class GraphBuilder:
         return self.node("QuantizeLinear", [x, *self.scale(f"{name}/quantized", params)], f"{name}/q", axis=1)
 
     def read(self, name: str, module: QuantizedModule, inputs: Sequence[Value]) -> list[Value]:
-        """Inputs as a module quantizes them, unless they are already."""
+        """Return a module's inputs quantized with its own parameters, unless they carry the same already.
+
+        Raises:
+            InputError: the module finds its ranges on every forward (dynamic quantization).
+        """
         if module.dynamic:
             raise InputError(f"layer {name} finds its ranges on every batch; ONNX holds static ones here")
         seen = []
@@ -201,14 +218,21 @@ class GraphBuilder:
         return seen
 
     def output(self, name: str, module: QuantizedModule, x: str, as_units: bool = False) -> Value:
-        """What a module puts out of floats, which ``as_units`` are in units of its output's scales."""
+        """Add ReLU, if the module has it, and the quantization of its output, and return the output.
+
+        Args:
+            name: The module's name.
+            module: The module.
+            x: The name of the tensor to quantize.
+            as_units: Whether ``x`` is in units of the output's scale, not in real values.
+        """
         if module.fused_relu:
             x = self.node("Relu", [x], f"{name}/relu")
         params = module.fixed_output
         return self.value(name, self.quantize(name, x, in_units(params) if as_units else params), params)
 
     def weight(self, name: str, q: Tensor, params: QuantParams, scale: np.ndarray) -> str:
-        """A Linear's (M, K) integers as floats; ``scale`` is what each stands for, one or by row."""
+        """Add a Linear's (M, K) integers, dequantized with ONNX's ``scale``: one value, or (M,) for the rows."""
         kind = integer_type(params.q_min, params.q_max)
         zero_point = flat(-params.zero_point)
         shape = np.broadcast_shapes(scale.shape, zero_point.shape)
@@ -220,14 +244,14 @@ class GraphBuilder:
         return self.node("DequantizeLinear", names, f"{name}.weight/real", axis=0)
 
     def linear(self, name: str, x: str, weight: str, bias: str | None) -> str:
-        """x W^T + b: (N, M)."""
+        """Add the (N, M) product x W^T + b; without a bias, x W^T."""
         return self.node("Gemm", [x, weight, *([bias] if bias else [])], f"{name}/sum", transB=1)
 
     def in_float(self, name: str, module: nn.Module, inputs: Sequence[Value]) -> str:
-        """What a float module computes.
+        """Add a float module and return the name of its output.
 
         Raises:
-            InputError: it is none of those of a NeuMF.
+            InputError: the module is of no type that a NeuMF has.
         """
         if isinstance(module, nn.Linear):
             return self.float_linear(name, module, inputs[0])
@@ -242,23 +266,24 @@ class GraphBuilder:
         return self.node(SIMPLE[type(module)], tensors, f"{name}/float")
 
     def float_linear(self, name: str, module: nn.Linear, x: Value) -> str:
-        """x W^T + b of float weights: (N, M)."""
+        """Add a Linear with float weights, x W^T + b: (N, M)."""
         weight = self.constant(f"{name}.weight", module.weight.detach().numpy())
         has_bias = module.bias is not None
         bias = self.constant(f"{name}.bias", module.bias.detach().numpy()) if has_bias else None
         total = self.linear(name, x.real, weight, bias)
         if x.params is None:
             return total
-        # Changes nothing, but onnxruntime quantizes the float weight of a Gemm that is alone between integers.
+        # The Max changes no value. Without it, onnxruntime quantizes the float weight, as that of a Gemm with quantized
+        # input and output.
         lowest = self.constant(f"{name}/lowest", np.finfo(np.float32).min)
         return self.node("Max", [total, lowest], f"{name}/float")
 
     @singledispatchmethod
     def add(self, module: nn.Module, name: str, inputs: Sequence[Value]) -> Value:
-        """Add what a module computes of ``inputs``.
+        """Add a module that reads ``inputs``, and return its output; by default as a float module.
 
         Raises:
-            InputError: naming the layer that ONNX cannot hold.
+            InputError: ONNX cannot express the layer, which the message names.
         """
         if isinstance(module, nn.Identity):
             return inputs[0]
@@ -266,12 +291,14 @@ class GraphBuilder:
 
     @add.register
     def _(self, module: FakeQuantized, name: str, inputs: Sequence[Value]) -> Value:
+        """Add a float module between quantized inputs and a quantized output."""
         if not isinstance(module.module, nn.Embedding):
             inputs = self.read(name, module, inputs)
         return self.output(name, module, self.in_float(name, module.module, inputs))
 
     @add.register
     def _(self, module: QuantizedEmbedding, name: str, inputs: Sequence[Value]) -> Value:
+        """Add an embedding table of integers; rows are gathered before they are dequantized."""
         params = module.params
         table = module.weight.numpy().astype(integer_type(params.q_min, params.q_max))
         rows = [self.constant(f"{name}.weight", table), inputs[0].real]
@@ -279,7 +306,7 @@ class GraphBuilder:
 
     @add.register
     def _(self, module: RowQuantizedEmbedding, name: str, inputs: Sequence[Value]) -> Value:
-        """Scales and zero points of rows are gathered as rows are, so that no other row is dequantized."""
+        """Add an embedding table with a scale and a zero point for every row, which are gathered as the rows are."""
         params, index = module.params, inputs[0].real
         packed = module.bits < 8
         low = params.q_min if packed else 0  # packed integers start at 0
@@ -298,7 +325,7 @@ class GraphBuilder:
         return Value(self.node("DequantizeLinear", [rows, scale, zero_point], f"{name}/real", axis=0))
 
     def unpack(self, name: str, rows: str, width: int) -> str:
-        """(N, ``width``) bytes of 4 bits, of (N, (width + 1) // 2) bytes of two, the first in the lower half."""
+        """Add the unpacking of (N, (width + 1) // 2) bytes of two 4-bit integers, lower half first, to (N, width)."""
         mask, four = self.constant(f"{name}/15", np.uint8(15)), self.constant(f"{name}/4", np.uint8(4))
         last = self.constant(f"{name}/last", np.array([-1]))
         halves = [
@@ -315,7 +342,10 @@ class GraphBuilder:
 
     @add.register
     def _(self, module: QuantizedLinear, name: str, inputs: Sequence[Value]) -> Value:
-        """Sums become the output's integers by one factor, which goes into what an integer of the weight stands for."""
+        """Add a Linear in integers.
+
+        The factor that requantizes the sums to the output's integers goes into the scale of the weight.
+        """
         (x,) = self.read(name, module, inputs)
         if module.largest_sum >= 1 << (module.accumulator_bits - 1):
             raise InputError(
@@ -334,7 +364,7 @@ class GraphBuilder:
         return self.output(name, module, total, as_units)
 
     def bias(self, name: str, bias: Tensor, scale: np.ndarray) -> str:
-        """(M,) floats of a bias in units of its sums."""
+        """Add a (M,) bias, integers in units of the accumulator, dequantized with ONNX's ``scale``."""
         names = [
             self.constant(f"{name}.bias", bias.numpy().astype(np.int32)),
             self.constant(f"{name}.bias/scale", scale),
@@ -343,6 +373,7 @@ class GraphBuilder:
 
     @add.register
     def _(self, module: WeightQuantizedLinear, name: str, inputs: Sequence[Value]) -> Value:
+        """Add a Linear with a quantized weight and float activations."""
         settings = self.weights[name]
         bounds = integer_range(settings.bits, settings.mode)
         params = QuantParams(module.w_scale, module.w_zero_point, *bounds)
@@ -352,6 +383,7 @@ class GraphBuilder:
 
     @add.register
     def _(self, module: QuantizedMult, name: str, inputs: Sequence[Value]) -> Value:
+        """Add an element-wise product of quantized tensors."""
         seen = self.read(name, module, inputs)
         product = self.node("Mul", [x.real for x in seen], f"{name}/product")
         if module.settings.scale_bits is not None:
@@ -359,7 +391,11 @@ class GraphBuilder:
         return self.output(name, module, product)
 
     def approximate(self, name: str, product: str, module: QuantizedMult, seen: Sequence[Value]) -> str:
-        """A product as it comes out where the factor between scales is cut to a few bits."""
+        """Add the multiplication of a product by the relative error of a ``scale_bits`` bit requantization factor.
+
+        Raises:
+            InputError: every row has a factor of its own.
+        """
         if any(x.params is None for x in seen):
             raise InputError(
                 f"layer {name} has factors between scales that are cut to a few bits, row by row"
@@ -370,11 +406,13 @@ class GraphBuilder:
 
     @add.register
     def _(self, module: QuantizedConcat, name: str, inputs: Sequence[Value]) -> Value:
+        """Add a concatenation that requantizes all inputs to one scale."""
         seen = [x.real for x in self.read(name, module, inputs)]
         return self.output(name, module, self.node("Concat", seen, f"{name}/float", axis=module.dim))
 
     @add.register
     def _(self, module: ScaledConcat, name: str, inputs: Sequence[Value]) -> Value:
+        """Add a concatenation whose columns keep the scales of their inputs."""
         seen = self.read(name, module, inputs)
         return Value(
             self.node("Concat", [x.real for x in seen], f"{name}/real", axis=1),
@@ -384,7 +422,7 @@ class GraphBuilder:
 
     @add.register
     def _(self, module: QuantizedAdd, name: str, inputs: Sequence[Value]) -> Value:
-        """Each input is rounded to units of the output before they add up."""
+        """Add a sum of quantized tensors, each of which is first rounded to units of the output's scale."""
         terms = []
         for position, x in enumerate(self.read(name, module, inputs)):
             factor = self.constant(
@@ -396,7 +434,7 @@ class GraphBuilder:
 
 
 def same(one: QuantParams, other: QuantParams | None) -> bool:
-    """Whether two tensors have the same integers for the same values."""
+    """Return whether two tensors' parameters map the same values to the same integers."""
     return (
         other is not None
         and (one.q_min, one.q_max) == (other.q_min, other.q_max)
@@ -406,5 +444,5 @@ def same(one: QuantParams, other: QuantParams | None) -> bool:
 
 
 def in_units(params: QuantParams) -> QuantParams:
-    """Parameters of the same integers by which they stand for themselves, less their zero point."""
+    """Return the parameters with a scale of 1, under which an integer q stands for the whole number q - z."""
     return replace(params, scale=torch.ones_like(params.scale))

@@ -1,4 +1,4 @@
-"""The ``--compress`` file: which quantizer and which learning-rate schedulers act in which epochs.
+"""The ``--compress`` file: which quantizer and which learning-rate schedulers act in which epochs. An example:
 
 quantizers:
   aware:
@@ -36,20 +36,22 @@ from distiller.untrusted.yaml import read_yaml
 
 KINDS = {"quantizer": "quantizers", "lr_scheduler": "lr_schedulers"}
 WHEN = {"starting_epoch", "ending_epoch", "frequency", "epochs"}
-MAX_EPOCH = 1 << 31  # as many as can be trained
-# What PyTorch's schedulers raise; NotImplementedError is a RuntimeError.
+MAX_EPOCH = 1 << 31  # the largest number of epochs that can be trained
+# What PyTorch's schedulers raise for arguments that they cannot use; NotImplementedError is a RuntimeError.
 WRONG_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 WRONG_ARGUMENTS += (AssertionError, RuntimeError)
+
+Require = Callable[[bool, str], None]  # raises an ``InputError`` with the message unless the condition holds
 
 
 @dataclass(frozen=True)
 class Policy:
-    """One instance and the epochs in which it acts.
+    """A quantizer or a scheduler of the file, by name, and the epochs in which it acts.
 
     Attributes:
-        kind: A key of ``KINDS``.
-        instance: Its name.
-        epochs: Ascending; 0 is the first. A quantizer acts from the first of them on.
+        kind: "quantizer" or "lr_scheduler", the keys of ``KINDS``.
+        instance: The name under which the file defines it.
+        epochs: Epoch numbers in ascending order, counted from 0. A quantizer acts in all epochs from the first on.
     """
 
     kind: str
@@ -58,12 +60,13 @@ class Policy:
 
 
 class CompressionSchedule:
-    """What acts on model and optimizer besides training itself. The default does nothing.
+    """A schedule of quantization-aware training and learning-rate schedulers; the default does nothing.
 
     Args:
-        quantizer: Arguments of ``NCFQuantAwareTrainQuantizer``; None for no quantization.
-        schedulers: By name, the class's name and arguments of ``torch.optim.lr_scheduler`` classes.
-        policies: When they act. A quantizer acts from its first epoch on.
+        quantizer: The arguments of ``NCFQuantAwareTrainQuantizer``; None for no quantization.
+        schedulers: For each learning-rate scheduler by name, ``class`` (the name of a class in
+            ``torch.optim.lr_scheduler``) and the arguments of that class.
+        policies: The epochs in which the quantizer and the schedulers act.
     """
 
     def __init__(
@@ -78,31 +81,32 @@ class CompressionSchedule:
         self._schedulers: dict[str, Any] = {}
 
     def epoch_begin(self, epoch: int, model: nn.Module) -> None:
-        """Ready the model for quantization-aware training, once its first epoch has come.
+        """Prepare the model for quantization-aware training, from the quantizer's first epoch on.
 
         Raises:
-            InputError: the quantizer does not take its arguments.
+            InputError: the quantizer does not accept its arguments.
         """
         for policy in self._policies:
             if policy.kind == "quantizer" and epoch >= policy.epochs[0] and not is_quantization_aware(model):
                 self._prepare(model)
 
     def check(self, model: nn.Module) -> None:
-        """Raise an ``InputError`` unless a model like this one can be prepared; this one is (give a copy)."""
+        """Prepare a copy of the model that is to be trained; raise an ``InputError`` if that fails."""
         if self.quantizer is not None:
             self._prepare(model)
 
     def _prepare(self, model: nn.Module) -> None:
+        """Prepare the model with the quantizer, in whose errors the message names the flag and the section."""
         try:
             prepare_quantization_aware(model, self.quantizer)
         except InputError as error:
             raise InputError(f"--compress: quantizers: {error}") from error
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the learning-rate schedulers act on an optimizer.
+        """Make the learning-rate schedulers, which act on this optimizer.
 
         Raises:
-            InputError: a scheduler does not take its arguments.
+            InputError: a scheduler does not accept its arguments.
         """
         for name, arguments in self._arguments.items():
             kind = getattr(lr_scheduler, arguments["class"])
@@ -112,14 +116,14 @@ class CompressionSchedule:
                 )
 
     def epoch_end(self, epoch: int, metric: float) -> None:
-        """Step the schedulers whose policies have the epoch.
+        """Step the schedulers whose policies include an epoch.
 
         Args:
-            epoch: The one that ended.
-            metric: What ``ReduceLROnPlateau`` looks at: higher is better, so give it ``mode: max``.
+            epoch: The number of the epoch that has ended.
+            metric: The metric that ``ReduceLROnPlateau`` watches. Higher is better, so it needs ``mode: max``.
 
         Raises:
-            InputError: a scheduler fails on its arguments, which some notice only here.
+            InputError: a scheduler fails on its arguments, which some schedulers notice only here.
         """
         for policy in self._policies:
             if policy.kind == "lr_scheduler" and epoch in policy.epochs:
@@ -129,19 +133,19 @@ class CompressionSchedule:
                     scheduler.step(metric) if plateau else scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The learning-rate schedulers' states, by name."""
+        """Return the learning-rate schedulers' states by name."""
         return {name: scheduler.state_dict() for name, scheduler in self._schedulers.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict``'s value; schedulers that it lacks start anew.
+        """Restore what ``state_dict`` returned; schedulers that it lacks start afresh.
 
         Raises:
-            InputError: it is another scheduler's state.
+            InputError: a state is that of another kind of scheduler.
         """
         for name in self._schedulers.keys() & state.keys():
             own = self._schedulers[name].state_dict()
             with _arguments_of(name):
-                # PyTorch makes attributes of whatever the state has.
+                # PyTorch sets attributes of the scheduler from whatever the state holds.
                 for key, value in dict(state[name]).items():
                     if not _alike(own[key], value):
                         raise ValueError(f"its saved {key} is another scheduler's")
@@ -149,14 +153,14 @@ class CompressionSchedule:
 
 
 def _alike(first: object, second: object) -> bool:
-    """Whether two values of a scheduler's state are of one kind: its numbers may be absent at first, or whole."""
+    """Return whether two values of a scheduler's state are of one kind; int, float and None count as one."""
     numbers = (int, float, NoneType)
     return type(first) is type(second) or (type(first) in numbers and type(second) in numbers)
 
 
 @contextmanager
 def _arguments_of(name: str) -> Iterator[None]:
-    """Turn what a scheduler makes of arguments that it cannot use into an error that names it."""
+    """Turn a scheduler's errors about its arguments into an ``InputError`` that names the scheduler."""
     try:
         yield
     except WRONG_ARGUMENTS as error:
@@ -165,10 +169,10 @@ def _arguments_of(name: str) -> Iterator[None]:
 
 
 def prepare_quantization_aware(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Prepare a model for quantization-aware training, or for evaluating a checkpoint of it.
+    """Prepare a model for quantization-aware training, or for the evaluation of a checkpoint from such training.
 
     Raises:
-        InputError: the quantizer does not take the arguments.
+        InputError: the quantizer does not accept the arguments.
     """
     try:
         NCFQuantAwareTrainQuantizer(model, **arguments).prepare_model()
@@ -176,8 +180,8 @@ def prepare_quantization_aware(model: nn.Module, arguments: Mapping[str, Any]) -
         raise InputError(" ".join(str(error).split())) from error
 
 
-def _policy(entry: object, instances: Mapping[str, Mapping], require: Callable[[bool, str], None]) -> Policy:
-    """A policy from its entry in the file."""
+def _policy(entry: object, instances: Mapping[str, Mapping], require: Require) -> Policy:
+    """Return the policy of an entry in the file, whose quantizer or scheduler must be among ``instances``."""
     kinds = [kind for kind in KINDS if isinstance(entry, dict) and kind in entry]
     require(len(kinds) == 1, f"policies: {entry}: not a map with one of {', '.join(KINDS)}")
     reference, when = entry[kinds[0]], {key: value for key, value in entry.items() if key != kinds[0]}
@@ -208,6 +212,7 @@ def _policy(entry: object, instances: Mapping[str, Mapping], require: Callable[[
 
 
 def _is_scheduler(kind: object) -> bool:
+    """Return whether an attribute of ``lr_scheduler`` is a scheduler's class, other than their common base."""
     base = lr_scheduler.LRScheduler
     return isinstance(kind, type) and issubclass(kind, base) and kind is not base
 
@@ -216,8 +221,8 @@ def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
     """Read a ``--compress`` file, with the safe YAML loader.
 
     Raises:
-        InputError: not of the form at the top of this module; the message names the part.
-        OSError: it cannot be read.
+        InputError: the file does not have the form shown at the top of this module; the message names the part.
+        OSError: the file cannot be read.
     """
 
     def require(condition: bool, message: str) -> None:
@@ -226,6 +231,22 @@ def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
 
     content = read_yaml(path, "--compress")
     require(isinstance(content, dict) and content.keys() <= {*KINDS.values(), "policies"}, "not a schedule")
+    instances = _instances(content, require)
+    entries = content.get("policies") or []
+    require(isinstance(entries, list), "policies: not a list")
+    policies = [_policy(entry, instances, require) for entry in entries]
+    used = {(KINDS[policy.kind], policy.instance) for policy in policies}
+    for section, named in instances.items():
+        for name in named:
+            require((section, name) in used, f"{section}: {name} is in no policy")
+    quantizer = next(iter(instances["quantizers"].values()), None)
+    if quantizer is not None:
+        quantizer = {key: value for key, value in quantizer.items() if key != "class"}
+    return CompressionSchedule(quantizer, instances["lr_schedulers"], policies)
+
+
+def _instances(content: Mapping[str, Any], require: Require) -> dict[str, dict]:
+    """Return the quantizers and schedulers that the file defines, as maps from name to arguments by section."""
     instances: dict[str, dict] = {}
     for section in KINDS.values():
         instances[section] = content.get(section) or {}
@@ -242,14 +263,4 @@ def load_schedule(path: str | os.PathLike) -> CompressionSchedule:
         kind = str(arguments["class"])
         known = _is_scheduler(getattr(lr_scheduler, kind, None)) and not kind.startswith("_")
         require(known, f"lr_schedulers: {name}: PyTorch has no {kind}")
-    entries = content.get("policies") or []
-    require(isinstance(entries, list), "policies: not a list")
-    policies = [_policy(entry, instances, require) for entry in entries]
-    used = {(KINDS[policy.kind], policy.instance) for policy in policies}
-    for section, named in instances.items():
-        for name in named:
-            require((section, name) in used, f"{section}: {name} is in no policy")
-    quantizer = next(iter(instances["quantizers"].values()), None)
-    if quantizer is not None:
-        quantizer = {key: value for key, value in quantizer.items() if key != "class"}
-    return CompressionSchedule(quantizer, instances["lr_schedulers"], policies)
+    return instances

@@ -1,4 +1,4 @@
-"""NeuMF: neural matrix factorization (He et al., Neural Collaborative Filtering, WWW 2017, section 3.4).
+"""NeuMF, neural matrix factorization (He et al., Neural Collaborative Filtering, WWW 2017, section 3.4).
 
 Shapes: N pairs, U users, I items, F = mf_dim, L_0 .. L_n = mlp_layer_sizes.
 """
@@ -17,23 +17,24 @@ from distiller.modules import Concat, EltwiseAdd, EltwiseMult
 from distiller.system.cli import InputError
 
 StateDict = Mapping[str, Tensor]
-EMBEDDING_STD = 0.01  # He et al. 2017, section 4.1: parameters start from a Gaussian of this deviation
+EMBEDDING_STD = 0.01  # of the initial Gaussian, from He et al. 2017, section 4.1
 
 
 class NeuMF(nn.Module):
-    """Matrix factorization and a multi-layer perceptron on [user, item], joined by a final linear layer.
+    """A NeuMF: matrix factorization and a multi-layer perceptron on [user, item], joined by a final linear layer.
 
     Args:
-        nb_users: U.
-        nb_items: I.
-        mf_dim: F, the factors of the matrix factorization branch; 0 leaves it out (the paper's MLP, section 3.3).
-        mlp_layer_sizes: L_0 .. L_n. L_0 is the width of [user, item] and so must be even. [0] leaves the
-            perceptron out (the paper's GMF, section 3.2).
-        split_final: Score each branch with a linear layer of its own and add the two, instead of one layer
-            over the concatenation. The same function in FP32; in INT8 each branch keeps a range of its own.
+        nb_users: U, the number of users.
+        nb_items: I, the number of items.
+        mf_dim: F, the number of factors of the matrix factorization branch; 0 leaves the branch out (the paper's MLP,
+            section 3.3).
+        mlp_layer_sizes: L_0 .. L_n, the layer widths of the perceptron branch. L_0 is the width of [user, item] and so
+            must be even. [0] leaves the branch out (the paper's GMF, section 3.2).
+        split_final: Score each branch with a final linear layer of its own and add the two scores, instead of one layer
+            over the concatenation. Both are the same function in FP32; in INT8, split branches have separate ranges.
 
     Raises:
-        InputError: sizes that no model has, or ``split_final`` with one branch.
+        InputError: no model has these sizes, or ``split_final`` is asked for with a single branch.
     """
 
     def __init__(
@@ -69,24 +70,24 @@ class NeuMF(nn.Module):
         self._initialize(fan_in_final=mf_dim + last)
 
     def _initialize(self, fan_in_final: int) -> None:
-        """Embeddings normal, MLP Glorot uniform, final LeCun uniform; biases as ``nn.Linear`` leaves them."""
+        """Draw weights: embeddings normal, MLP Glorot uniform, final layer LeCun uniform; biases stay as they are."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=EMBEDDING_STD)
             elif name.startswith("mlp."):
                 nn.init.xavier_uniform_(module.weight)
             elif isinstance(module, nn.Linear):
-                # The halves of a split layer are one layer of this fan-in.
+                # The halves of a split layer have the fan-in of the whole one.
                 bound = math.sqrt(3 / fan_in_final)
                 nn.init.uniform_(module.weight, -bound, bound)
 
     def forward(self, user: Tensor, item: Tensor, sigmoid: bool = False) -> Tensor:
-        """Score pairs.
+        """Return the scores of pairs of a user and an item.
 
         Args:
-            user: (N,) integers in [0, U).
-            item: (N,) integers in [0, I).
-            sigmoid: Return probabilities in place of logits.
+            user: (N,) integer row numbers of the users, in [0, U).
+            item: (N,) integer row numbers of the items, in [0, I).
+            sigmoid: Return probabilities instead of logits.
 
         Returns:
             (N, 1) scores in the weights' dtype.
@@ -96,7 +97,7 @@ class NeuMF(nn.Module):
         return self.sigmoid(logit) if sigmoid else logit
 
     def score(self, mf_user: Tensor, mf_item: Tensor, mlp_user: Tensor, mlp_item: Tensor) -> Tensor:
-        """The logits (N, 1) of pairs by their embeddings, (N, F) and (N, L_0 / 2) each."""
+        """Return the (N, 1) logits of pairs from their embeddings, (N, F) for mf and (N, L_0 / 2) for mlp."""
         mf = self.mf_mult(mf_user, mf_item)  # (N, F)
         hidden = self.mlp_concat(mlp_user, mlp_item)  # (N, L_0)
         for linear, relu in zip(self.mlp, self.mlp_relu, strict=True):
@@ -106,18 +107,18 @@ class NeuMF(nn.Module):
         return self.final(self.final_concat(mf, hidden))
 
     def squared_norms(self, mf_user: Tensor, mf_item: Tensor, mlp_user: Tensor, mlp_item: Tensor) -> Tensor:
-        """The squares of pairs' embeddings (N, F) and (N, L_0 / 2), summed: (N,).
+        """Return the (N,) sums of squares of pairs' embeddings, (N, F) for mf and (N, L_0 / 2) for mlp.
 
-        Those of the matrix factorization count |h| times, by the final layer's weight h of their factor. Scaling the
-        embeddings by s and h by 1 / s^2, which changes no score, then changes no norm either: a penalty on embeddings
-        alone is evaded by a growing h.
+        Squares in the matrix factorization branch count |h| times, where h is the final layer's weight of their factor.
+        Scaling these embeddings by s and h by 1 / s^2, which changes no score, then changes no norm either. Without h,
+        training would evade a penalty on the norm by letting h grow.
         """
         h = (self.final_mf if self.split_final else self.final).weight[0, : mf_user.shape[1]].abs()
         mlp = mlp_user.square().sum(dim=1) + mlp_item.square().sum(dim=1)
         return (mf_user.square() + mf_item.square()) @ h + mlp
 
     def tables(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The embedding tables of users, (U, F) and (U, L_0 / 2), and those of items."""
+        """Return the tables of users, (U, F) for mf and (U, L_0 / 2) for mlp, and the same of items, with I rows."""
         return (
             [self.mf_user_embed.weight, self.mlp_user_embed.weight],
             [self.mf_item_embed.weight, self.mlp_item_embed.weight],
@@ -127,7 +128,7 @@ class NeuMF(nn.Module):
 def check_sizes(
     nb_users: int, nb_items: int, mf_dim: int, mlp_layer_sizes: Sequence[int], split_final: bool = False
 ) -> None:
-    """Raise an ``InputError`` that names the flag unless a ``NeuMF`` of these sizes can exist."""
+    """Raise an ``InputError`` that names the flag at fault unless a ``NeuMF`` can have these sizes."""
     if nb_users < 1 or nb_items < 1:
         raise InputError(f"a model needs users and items, not {nb_users} and {nb_items}")
     if mf_dim < 0:
@@ -147,15 +148,15 @@ def check_sizes(
 
 
 def has_both_branches(mf_dim: int, mlp_layer_sizes: Sequence[int]) -> bool:
-    """Whether a model of these sizes has matrix factorization and perceptron."""
+    """Return whether a model of these sizes has both matrix factorization and a perceptron."""
     return mf_dim > 0 and list(mlp_layer_sizes) != [0]
 
 
 def sizes_from_state_dict(state_dict: StateDict) -> dict:
-    """The ``NeuMF`` constructor's arguments, read off the shapes of its weights.
+    """Return the arguments of the ``NeuMF`` constructor that give weights of these shapes.
 
     Raises:
-        InputError: a key is missing or a shape does not fit its neighbours.
+        InputError: a weight is missing or superfluous, or its shape does not fit the others.
     """
     try:
         nb_users, mf_dim = state_dict["mf_user_embed.weight"].shape
@@ -185,9 +186,10 @@ def sizes_from_state_dict(state_dict: StateDict) -> dict:
 
 
 def weights_of_quantized(state_dict: StateDict) -> dict[str, Tensor]:
-    """A prepared model's tensors in the places of weights, whether integers or not, by the weights' names.
+    """Return the tensors of a prepared model's weights and biases, integers or floats, by the float model's names.
 
-    Tables whose integers are packed, two to a byte, stand there without values, as wide as their readers say.
+    An embedding table whose integers are packed two to a byte is replaced by a tensor on the meta device, which has the
+    table's real width, known from the layers that read the table, but no values.
     """
     names = {key: key.replace(".module.", ".") for key in state_dict if key.endswith((".weight", ".bias"))}
     weights = {name: state_dict[key] for key, name in names.items()}
@@ -200,7 +202,7 @@ def weights_of_quantized(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def _table_widths(weights: StateDict) -> dict[str, int]:
-    """The columns of each branch's tables, by the layers that read them."""
+    """Return the width of each branch's embedding tables, from the shapes of the layers that read them."""
     last = sum(re.fullmatch(r"mlp\.\d+\.weight", key) is not None for key in weights) - 1
     final = _matrix_shape(weights, "final_mf.weight" if is_split(weights) else "final.weight")[1]
     hidden = 0 if is_split(weights) else _matrix_shape(weights, f"mlp.{last}.weight")[0]
@@ -208,24 +210,25 @@ def _table_widths(weights: StateDict) -> dict[str, int]:
 
 
 def _matrix_shape(weights: StateDict, name: str) -> tuple[int, ...]:
-    """Rows and columns; 0 and 0 where it is missing or no matrix."""
+    """Return a weight's rows and columns; 0 and 0 if it is missing or not a matrix."""
     return tuple(weights[name].shape) if name in weights and weights[name].dim() == 2 else (0, 0)
 
 
 def _text(shape: torch.Size | None) -> str:
+    """Return a weight's shape as messages show it; None is a missing weight."""
     return "absent" if shape is None else str(tuple(shape))
 
 
 def is_split(state_dict: StateDict) -> bool:
-    """Whether the weights have a final layer per branch."""
+    """Return whether the weights have a final layer for each branch, as with ``split_final=True``."""
     return "final_mf.weight" in state_dict
 
 
 def split_final_layer(state_dict: StateDict) -> dict[str, Tensor]:
-    """Weights for ``split_final=True`` from weights for ``split_final=False``; the argument is left alone.
+    """Return weights for ``split_final=True`` made from weights for ``split_final=False``, which stay unchanged.
 
-    ``final.weight`` is [MF, MLP]. Each half of the bias goes to one branch: halving is exact in floating
-    point, and so is adding the halves.
+    ``final.weight`` is [MF, MLP]. Half of the bias goes to each branch: both halving and adding the halves are exact in
+    floating point.
     """
     result = {key: tensor for key, tensor in state_dict.items() if not key.startswith("final.")}
     weight, bias = state_dict["final.weight"], state_dict["final.bias"]
@@ -236,7 +239,7 @@ def split_final_layer(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def join_final_layer(state_dict: StateDict) -> dict[str, Tensor]:
-    """Weights for ``split_final=False`` from weights for ``split_final=True``; the argument is left alone."""
+    """Return weights for ``split_final=False`` made from weights for ``split_final=True``, which stay unchanged."""
     result = {key: t for key, t in state_dict.items() if not key.startswith(("final_mf.", "final_mlp."))}
     result["final.weight"] = torch.cat([state_dict["final_mf.weight"], state_dict["final_mlp.weight"]], dim=1)
     result["final.bias"] = state_dict["final_mf.bias"] + state_dict["final_mlp.bias"]
@@ -244,7 +247,7 @@ def join_final_layer(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def with_final_layer(state_dict: StateDict, split_final: bool) -> dict[str, Tensor]:
-    """The weights with the final layer as asked for, converted where they have it the other way."""
+    """Return the weights with the final layer split or joined, converted if they have it the other way."""
     if is_split(state_dict) == split_final:
         return dict(state_dict)
     return split_final_layer(state_dict) if split_final else join_final_layer(state_dict)

@@ -1,6 +1,6 @@
-"""The split: load, check, hand out tensors; training batches with fresh negatives.
+"""The split of ratings into training pairs, test items and negatives: reading, writing and checking it.
 
-Shapes: U users, I items, P training positives, C negatives per user.
+Shapes: U users, I items, P training pairs, C negatives per user.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ from distiller.untrusted.unpickling import PlainUnpickler, StandIn, UnknownNameE
 PICKLE, LOCK = "split.pickle", ".split.lock"
 TRAIN, TEST, NEGATIVE = "train-ratings.csv", "test-ratings.csv", "test-negative.csv"
 CSV_FILES = (TRAIN, TEST, NEGATIVE)
-# A model takes memory for every item, so that a small file must not claim many: these at most that it does not name.
+# A split may have this many items, or as many as it holds ids. A model allocates memory for every item, so that a small
+# file must not claim many.
 UNNAMED_ITEMS = 1 << 16
 FORMAT, VERSION = "neumf-split", 2
-WITHOUT_VALIDATION = 1  # the version before, which has no validation_items
+WITHOUT_VALIDATION = 1  # the previous version of the format, which has no validation_items
 log = logging.getLogger("ncf")
 
 
 @dataclass(frozen=True)
 class Split:
-    """A leave-one-out split: every user's test item and negatives, and everyone's training pairs.
+    """A leave-one-out split of ratings: the training pairs, and the test item and the negatives of every user.
 
     Attributes:
-        nb_users: U; users are 0 .. U-1.
-        nb_items: I; items are 0 .. I-1.
-        train_users: (P,) unsigned integers, with ``train_items`` the training pairs.
-        train_items: (P,) unsigned integers.
+        nb_users: U, the number of users, who are numbered 0 .. U-1.
+        nb_items: I, the number of items, which are numbered 0 .. I-1.
+        train_users: (P,) unsigned integers, the users of the training pairs.
+        train_items: (P,) unsigned integers, the items of the training pairs.
         test_items: (U,) unsigned integers, the held-out item of each user.
         negatives: (U, C) unsigned integers, the items that each test item is ranked against.
-        distinct_negatives: Whether negatives were drawn without replacement and without the test item;
-            None where the split came from CSV files, which do not say.
-        seed: Of the negatives; None likewise.
-        digest: SHA-256 of the ratings file, or of the three CSV files.
-        user_ids: (U,) int64, the ids in the ratings file; None where the split came from CSV files.
-        item_ids: (I,) int64, likewise.
-        validation_items: (U,) unsigned integers, each user's last training item by time; None where the split came
-            from CSV files or is of a version before.
+        distinct_negatives: Whether negatives were drawn without replacement and without the test item; None if the
+            split comes from CSV files, which do not say.
+        seed: The seed of the negatives; None if the split comes from CSV files.
+        digest: The SHA-256 of the ratings file, or of the three CSV files.
+        user_ids: (U,) int64, the users' ids in the ratings file; None if the split comes from CSV files.
+        item_ids: (I,) int64, the items' ids in the ratings file; None if the split comes from CSV files.
+        validation_items: (U,) unsigned integers, each user's last training item by time; None if the split comes from
+            CSV files or from a pickle of the previous version.
     """
 
     nb_users: int
@@ -71,12 +72,12 @@ class Split:
 
     @property
     def nb_candidates(self) -> int:
-        """C + 1: a user's negatives and test item."""
+        """C + 1, the number of items that are ranked for each user: the negatives and the test item."""
         return self.negatives.shape[1] + 1
 
 
 def described(split: Split) -> str:
-    """What a split is and how its test items are ranked, as a sentence or two below figures."""
+    """Return two sentences, to stand below a table of results, about the split and how its test items are ranked."""
     drawn = {None: "as in the CSV files", True: "without replacement", False: "with replacement"}
     return (
         f"{split.nb_users} users, {split.nb_items} items, {len(split.train_users)} training pairs "
@@ -86,17 +87,21 @@ def described(split: Split) -> str:
 
 
 def id_dtype(count: int) -> np.dtype:
-    """The smallest unsigned type for ids below ``count``: it halves the memory of ml-20m's negatives."""
+    """Return the smallest unsigned type for ids below ``count``.
+
+    Compared with int32, it halves the memory of ml-20m's negatives.
+    """
     return np.min_scalar_type(max(count - 1, 0))
 
 
 def load_split(directory: str | Path) -> Split:
     """Load the split in ``directory``, from its pickle or else from its three CSV files.
 
-    A pickle that is older than the CSV files, damaged or of another version is made anew from them.
+    A pickle is made anew from the CSV files if it is missing, damaged, of another version, or older than they are and
+    different from them.
 
     Raises:
-        InputError: there is no split, or its contents contradict themselves.
+        InputError: the directory holds no split, or a split whose parts do not fit each other.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -112,7 +117,7 @@ def load_split(directory: str | Path) -> Split:
     if split is not None:
         return split
     with building(directory):
-        # Another process may have made it meanwhile.
+        # Another process may have made the pickle meanwhile.
         split, why = _up_to_date(pickle_path, csv_paths)
         if split is not None:
             return split
@@ -123,7 +128,10 @@ def load_split(directory: str | Path) -> Split:
 
 @contextmanager
 def building(directory: Path) -> Iterator[None]:
-    """Make a directory's split while it lasts, alone: other processes wait. Where nothing can be written, none does."""
+    """Let only one process at a time make a directory's split: others wait at the start of the context.
+
+    Where the directory cannot be written, there is no lock and no process waits.
+    """
 
     def wait(holder: str) -> None:
         log.info("Waiting for the split in %s, which is being made by %s", directory, holder)
@@ -138,7 +146,11 @@ def building(directory: Path) -> Iterator[None]:
 
 
 def _up_to_date(pickle_path: Path, csv_paths: list[Path]) -> tuple[Split | None, str]:
-    """The split in the pickle, where it is that of the CSV files; else None, and why not, unless there is no pickle."""
+    """Return the split in the pickle if it is that of the CSV files.
+
+    Returns:
+        The split and an empty text; else None and the reason, which is empty if there is no pickle.
+    """
     if not pickle_path.is_file():
         return None, ""
     try:
@@ -147,7 +159,8 @@ def _up_to_date(pickle_path: Path, csv_paths: list[Path]) -> tuple[Split | None,
         return None, str(error)
     if pickle_path.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in csv_paths):
         return split, ""
-    # Copying a directory can make any of its files the newest. Only the pickle knows ids, seed and digest.
+    # Copying a directory can make any of its files the newest, so that age is no reason to discard the pickle, which
+    # alone knows ids, seed and digest.
     if not same_pairs(split, read_csv(*csv_paths)):
         return None, f"{pickle_path} is older than the CSV files"
     try:
@@ -158,12 +171,13 @@ def _up_to_date(pickle_path: Path, csv_paths: list[Path]) -> tuple[Split | None,
 
 
 def same_pairs(first: Split, second: Split) -> bool:
-    """Whether two splits hold the same training pairs, test items and negatives, in the same order."""
+    """Return whether two splits hold the same training pairs, test items and negatives, in the same order."""
     names = ("train_users", "train_items", "test_items", "negatives")
     return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in names)
 
 
 def _convert_csv(csv_paths: list[Path], pickle_path: Path) -> Split:
+    """Return the split in the CSV files, and write its pickle if possible."""
     split = read_csv(*csv_paths)
     try:
         write_pickle(split, pickle_path)
@@ -175,10 +189,11 @@ def _convert_csv(csv_paths: list[Path], pickle_path: Path) -> Split:
 
 
 def read_csv(train_path: Path, test_path: Path, negative_path: Path) -> Split:
-    """Read the three tab-separated files without header that the original writes.
+    """Read a split from the three tab-separated files without header that the original implementation writes.
 
     Raises:
-        InputError: a malformed line, or files that disagree in their users.
+        InputError: a line is malformed, the files disagree about their users, or the split fails ``check_split``.
+        OSError: a file cannot be read.
     """
     pair = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float64()}
     train = read_columns(train_path, "\t", pair, unsigned={"user", "item"})
@@ -227,7 +242,7 @@ def read_csv(train_path: Path, test_path: Path, negative_path: Path) -> Split:
 
 
 class _ArrayType(StandIn):
-    """Stands in for ``numpy.dtype``, whose own ``__setstate__`` crashes on states that are not its own."""
+    """A stand-in for ``numpy.dtype``, whose own ``__setstate__`` crashes on states that are not a dtype's."""
 
     CODES = frozenset({"u1", "u2", "u4", "u8", "i8"})
 
@@ -237,18 +252,19 @@ class _ArrayType(StandIn):
         self.code = code
 
     def __setstate__(self, state: tuple) -> None:
+        """Raise an ``UnpicklingError`` unless the state's byte order is little-endian, or irrelevant."""
         if state[1] not in ("<", "|"):
             raise pickle.UnpicklingError("it holds an array that is not little-endian")
 
 
 def _array(buffer: bytes, kind: _ArrayType, shape: tuple, order: str) -> np.ndarray:
-    """What NumPy's ``_frombuffer`` makes of a pickled array."""
+    """Return a pickled array, as NumPy's ``_frombuffer`` would."""
     if not isinstance(kind, _ArrayType):
         raise pickle.UnpicklingError("it holds an array of no type")
     return np.frombuffer(buffer, dtype=f"<{kind.code}").reshape(shape, order=order)
 
 
-# What a protocol 5 pickle of contiguous arrays names, in NumPy 2 and in NumPy 1.
+# What pickles of contiguous arrays by protocol 5 refer to, from NumPy 2 and from NumPy 1.
 KNOWN = {
     ("numpy", "dtype"): _ArrayType,
     ("numpy._core.numeric", "_frombuffer"): _array,
@@ -257,20 +273,20 @@ KNOWN = {
 
 
 def read_pickle(path: Path) -> Split:
-    """Read a split that ``write_pickle`` wrote. Nothing in the file is executed.
+    """Read a split that ``write_pickle`` wrote, without executing anything in the file.
 
     Raises:
-        InputError: cut short, of another version, or not such a file.
-        OSError: it cannot be read.
+        InputError: the file is no pickle of a split, is cut short or of another version, or fails ``check_split``.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         try:
-            # Mapped, so that a read beyond the end costs nothing, whatever length a file claims.
+            # Mapped, so that a read beyond the end allocates nothing, whatever length a file claims.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 content = PlainUnpickler(mapped, KNOWN).load()
         except UnknownNameError as error:
             raise InputError(f"{path}: refused: it holds {error}, which a split does not") from error
-        # A damaged pickle can make the unpickler raise nearly anything; all of it means the same here.
+        # A damaged pickle can make the unpickler raise nearly any exception; all of them mean the same here.
         except Exception as error:
             reason = " ".join([type(error).__name__, *str(error).split()])
             raise InputError(f"{path}: not a whole split: {reason}") from error
@@ -292,7 +308,11 @@ def read_pickle(path: Path) -> Split:
 
 
 def write_pickle(split: Split, path: Path) -> None:
-    """Write the split so that it loads in one read: arrays and plain values, pickle protocol 5."""
+    """Write a split as a dictionary of arrays and plain values, by pickle protocol 5, for ``read_pickle``.
+
+    Raises:
+        OSError: the file cannot be written; the error's ``filename`` is ``path``.
+    """
     content = {"format": FORMAT, "version": VERSION} | {
         name: np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value
         for name, value in vars(split).items()
@@ -302,7 +322,7 @@ def write_pickle(split: Split, path: Path) -> None:
 
 
 def check_split(split: Split, where: Path) -> None:
-    """Raise an ``InputError`` that names ``where`` unless the split's parts fit each other."""
+    """Raise an ``InputError`` that begins with ``where`` unless the split's parts fit each other."""
 
     def require(condition: bool, message: str) -> None:
         if not condition:

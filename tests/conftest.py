@@ -24,6 +24,7 @@ import torch
 import ncf
 from benchmarks import recipe
 from distiller.system.cli import InputError, run
+from neural_cf.__main__ import SMALLER_MODEL
 from neural_cf.commands import convert
 from neural_cf.data import synthetic
 from neural_cf.training import lazy_adam
@@ -32,8 +33,6 @@ torch.set_num_threads(1)
 # So that most steps of these short runs are lazy ones.
 lazy_adam.DENSE_STEPS = 20
 
-ROOT = Path(__file__).resolve().parent.parent  # of the repository
-SCHEDULE = ROOT / "schedules" / "ncf_qat.yaml"
 USERS, ITEMS, RATINGS, NEGATIVES = 60, 80, 2000, 40
 SIZES = ["--layers", "8", "6", "4", "-f", "4"]
 EPOCHS = 2
@@ -81,7 +80,7 @@ def close_logs() -> None:
 
 def run_ncf(*arguments: object) -> Outcome:
     """``ncf.py`` in this process."""
-    return call("ncf.py", ncf.main, arguments, ncf.LESS_MEMORY)
+    return call("ncf.py", ncf.main, arguments, SMALLER_MODEL)
 
 
 def run_convert(*arguments: object) -> Outcome:

@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 
 from distiller.untrusted.checkpoint import load_checkpoint
+from neural_cf.runs.processes import Processes
+from neural_cf.runs.run import Run
+from neural_cf.runs.settings import Settings
+from neural_cf.split import Split
 
 TRAIN = ["--layers", "8", "6", "4", "-f", "4", "-s", "1", "-l", "0.01"]
 
@@ -33,3 +37,9 @@ def rows(directory: str) -> list[dict[str, str]]:
     """A run's results."""
     with open(Path(directory) / "valid_results.csv", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def run_of(split: Split, directory: Path | str = ".", **settings: object) -> Run:
+    """A run of one process on the processor."""
+    own = Settings(data=Path("split"), **settings)
+    return Run(own, split, torch.device("cpu"), Processes(), Path(directory))

@@ -1,7 +1,7 @@
-"""Where quantization loses accuracy: every tensor of the quantized layers beside the float model's.
+"""Where quantization loses accuracy: every tensor of the quantized layers compared with the float model's.
 
-Both models see the same batches, and no more than one batch's tensors are held. An activation's error is therefore
-cumulative: it has in it what the layers before have lost.
+Both models see the same batches, and no more than one batch's tensors are held at a time. The error of an activation is
+therefore cumulative: it contains what the layers before have lost.
 """
 
 from __future__ import annotations
@@ -19,42 +19,38 @@ from torch.nn import functional as F
 from distiller.calibration import TestFunction
 from distiller.quantization.linear import QuantParams, dequantize, fake_quantize, quantize
 from distiller.quantization.post_train import PostTrainLinearQuantizer
-from distiller.quantization.wrappers import (
-    QuantizedModule,
-    QuantizedTable,
-    WeightQuantizedLinear,
-    WeightSettings,
-    by_row,
-    carried,
-)
+from distiller.quantization.quantized_module import QuantizedModule, carried
+from distiller.quantization.settings import WeightSettings
+from distiller.quantization.wrappers import QuantizedTable, WeightQuantizedLinear, by_row
 
-# Half a level, and what float32 makes of it: at 16 bits, where that is most, scales are off by 0.008 of a level.
+# In levels: half of one, and some room for float32's rounding, which is worst at 16 bits, where scales are off by 0.008
+# of a level.
 ROUNDING = 0.51
 
 
 @dataclass(frozen=True)
 class TensorErrors:
-    """One tensor of a quantized layer, and what quantization made of it.
+    """The errors of one tensor of a quantized layer, in comparison with the float model's tensor.
 
-    Of several scales and zero points, per channel, row or column, ``range_min`` and ``range_max`` are the outermost.
-    What a scale is needed for is None where none is fixed.
+    ``min`` to ``std`` are of the float model's tensor, after the ReLU where the layer applies one. ``range_min`` to
+    ``saturated`` are None where no range is fixed.
 
     Attributes:
         layer: The layer's name.
-        type: Its quantized form.
+        type: The name of its quantized form's class.
         tensor: ``input 0``, ``input 1``, ``output`` or ``weight``.
-        min: Least value of the float model's tensor; after the ReLU, where that is fused.
-        max: Greatest likewise.
-        mean: Mean likewise.
-        std: Population standard deviation likewise.
-        sqnr: 10 log10(sum x^2 / sum (x_q - x)^2) dB of the float model's x and the quantized model's x_q, both sums
-            over all values; inf where they are equal.
-        range_min: What the least integer stands for.
-        range_max: What the greatest integer stands for.
-        scale: Quanta per unit, the mean of several.
-        zero_point: Of one scale; None where there are several.
-        levels_used: Share of the integers of its range that the quantized model's tensor has.
-        saturated: Share of the float model's values further than half a level outside the range.
+        min: The least value.
+        max: The greatest value.
+        mean: The mean.
+        std: The population standard deviation.
+        sqnr: The signal-to-quantization-noise ratio 10 log10(sum x^2 / sum (x_q - x)^2) in dB, for the float model's x
+            and the quantized model's x_q, with both sums over all values; inf where they are equal.
+        range_min: The value that the least integer stands for; the least such value, if there are several scales.
+        range_max: The value that the greatest integer stands for; the greatest, if there are several scales.
+        scale: The scale in quanta per unit; the mean, if there are several.
+        zero_point: The zero point; None if there are several scales.
+        levels_used: The share of the integers in the range that occur in the quantized model's tensor.
+        saturated: The share of the float model's values that lie more than half a level outside the range.
     """
 
     layer: str
@@ -82,18 +78,18 @@ def compare_tensors(
     """Compare a quantized model with the float model that it was, tensor by tensor.
 
     Args:
-        model: In float, on the quantized model's device; put into evaluation mode.
-        quantizer: Prepared, of a copy of ``model``.
-        test_fn: Called as ``test_fn(model=model)``, once, without gradients; calls the model on tensors by position
-            and anything else by name.
-        rows_per_batch: Rows that both models are called on at a time, for a model whose arithmetic depends on the
-            whole batch; by default as many as ``test_fn`` gives.
+        model: The float model, on the quantized model's device; put into evaluation mode.
+        quantizer: The quantizer that has prepared a copy of ``model``.
+        test_fn: Called as ``test_fn(model=model)``, once, without gradients. It calls the model on tensors by position
+            and on anything else by name.
+        rows_per_batch: The number of rows that both models are called on at a time, for a model whose arithmetic
+            depends on the whole batch; by default as many as ``test_fn`` gives.
 
     Returns:
-        By quantized layer in the order of the graph: its floating point inputs, its output, its weight.
+        For every quantized layer in the order of the graph: its floating point inputs, its output and its weight.
 
     Raises:
-        ValueError: test_fn did not call the model.
+        ValueError: ``test_fn`` did not make the model call a quantized layer.
     """
     records: dict[str, dict[str, _Record]] = {name: {} for name in quantizer.describe()}
     with torch.no_grad(), _compared(model, quantizer, records):
@@ -113,13 +109,14 @@ def compare_tensors(
 
 
 class _SideBySide(nn.Module):
-    """Calls the float model and then the quantized one, whose result it gives, on a few rows at a time."""
+    """A pair of models, called on some rows at a time: first the float one, then the quantized one."""
 
     def __init__(self, model: nn.Module, quantized: nn.Module, rows: int | None):
         super().__init__()
         self.model, self.quantized, self.rows = model, quantized, rows
 
     def forward(self, *inputs: Tensor, **settings: Any) -> Tensor:
+        """Return the quantized model's result for all rows."""
         rows = self.rows or len(inputs[0])
         results = []
         for part in zip(*(x.split(rows) for x in inputs), strict=True):
@@ -132,16 +129,20 @@ class _SideBySide(nn.Module):
 def _compared(
     model: nn.Module, quantizer: PostTrainLinearQuantizer, records: dict[str, dict[str, _Record]]
 ) -> Iterator[None]:
-    """While it lasts, calls of both models, the float one first, add to the records."""
+    """Let calls of both models, the float one first, add to the records while the context lasts."""
     before: dict[str, tuple[Tensor, ...]] = {}
 
     def remember(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        """Return a hook that keeps the inputs and the output of a module of the float model."""
+
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             before[name] = (*inputs, F.relu(output) if name in quantizer.fused else output)
 
         return hook
 
     def compare(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        """Return a hook that compares the tensors of a quantized module with those that were kept."""
+
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             names = [*(f"input {position}" for position in range(len(inputs))), "output"]
             pairs = zip(before.pop(name), _quantized_tensors(module, inputs, output), strict=True)
@@ -163,7 +164,7 @@ def _compared(
 def _quantized_tensors(
     module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
 ) -> Iterator[tuple[Tensor, QuantParams | None]]:
-    """What a quantized module computes with, then its output, each with its parameters where they are fixed."""
+    """Yield the inputs as a quantized module computes with them, then its output, each with its fixed parameters."""
     dynamic = getattr(module, "dynamic", False)
     for position, x in enumerate(inputs):
         if isinstance(module, QuantizedModule) and x.is_floating_point():
@@ -177,20 +178,20 @@ def _quantized_tensors(
 def _quantized_weight(
     module: nn.Module, weight: Tensor, settings: WeightSettings
 ) -> tuple[Tensor, QuantParams]:
-    """A weight as its integers stand for it, and parameters that broadcast to it."""
+    """Return the values that a weight's integers stand for, and parameters that broadcast to them."""
     if isinstance(module, QuantizedTable):
         return dequantize(module.integers(), module.params), module.params
     if isinstance(module, WeightQuantizedLinear):
         return module.weight, by_row(settings.params(weight))
     params = by_row(module.all_params()["weight"])
-    if module.folded:  # it holds the weight over its input's scales
+    if module.folded:  # Its weight is divided by its input's scales.
         scale = params.scale / module.fixed_input(0).scale
         params = QuantParams(scale, params.zero_point, params.q_min, params.q_max)
     return dequantize(module.weight, params), params
 
 
 class _Record:
-    """Running sums over all batches of a tensor, in float64."""
+    """The running sums of one tensor over all batches, in float64."""
 
     def __init__(self):
         self.min, self.max = math.inf, -math.inf
@@ -202,7 +203,13 @@ class _Record:
         self.used: Tensor | None = None  # (q_max - q_min + 1,) bool, by integer
 
     def add(self, x: Tensor, seen: Tensor, params: QuantParams | None) -> None:
-        """Take in the float model's tensor and the quantized one's, with its parameters where they are fixed."""
+        """Add a batch's tensor.
+
+        Args:
+            x: The float model's tensor.
+            seen: The quantized model's tensor.
+            params: The parameters of ``seen``; None where they are not fixed.
+        """
         self.min, self.max = min(self.min, x.min().item()), max(self.max, x.max().item())
         self.count += x.numel()
         self.sum += x.sum(dtype=torch.float64).item()
@@ -233,7 +240,7 @@ class _Record:
         self.saturated += int(beyond.sum())
 
     def summary(self) -> dict[str, float | None]:
-        """All fields of ``TensorErrors`` that are numbers."""
+        """Return the fields of ``TensorErrors`` that are numbers, by name."""
         mean = self.sum / self.count
         result: dict[str, float | None] = {
             "min": self.min,

@@ -1,8 +1,10 @@
-"""Which part of a tensor's range is quantized: clip modes over calibrated or measured statistics.
+"""Clip modes: which part of a tensor's range is quantized, found in calibrated or measured statistics.
 
-gauss and laplace follow ACIQ (Banner et al., arXiv:1810.05723): the clipping value that minimises the expected
-squared error of a normal or Laplace variable, in units of its std or of b, its mean absolute deviation. percentile, mse
-and kl look at the calibrated histogram in place of such an assumption.
+The modes gauss and laplace follow ACIQ (Banner et al., arXiv:1810.05723): they clip where the expected squared error of
+a normal or a Laplace variable is least. That value is in units of the variable's std or of b, its mean absolute
+deviation. The modes percentile, mse and kl assume no distribution: they look at the calibrated histogram.
+
+Shapes: C columns.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from distiller.quantization.linear import LinearQuantMode
 
 
 class ClipMode(Enum):
-    """How a range is found; the value is the command line's name."""
+    """A way to find the range to quantize. The value of a member is its name on the command line."""
 
     NONE = "none"
     AVG = "avg"
@@ -37,11 +39,12 @@ class ClipMode(Enum):
 
     @property
     def of_histogram(self) -> bool:
-        """Whether a calibrated histogram is needed."""
+        """Whether the mode needs a calibrated histogram."""
         return self in (ClipMode.PERCENTILE, ClipMode.MSE, ClipMode.KL)
 
 
-# alpha per number of bits, and its second row for a tensor that a ReLU has cut off at 0.
+# The clipping value alpha by number of bits, in units of std or b. The rows under True are for a half-range tensor,
+# which a ReLU has cut off at 0.
 ACIQ_ALPHA = {
     ClipMode.LAPLACE: {
         False: (1.05, 1.86, 2.83, 3.89, 5.03, 6.2, 7.41, 8.64, 9.89),
@@ -53,13 +56,13 @@ ACIQ_ALPHA = {
     },
 }
 ACIQ_MAX_BITS = 8
-# Of a layer's range. A column that hardly ever fires may fire harder for users that were not calibrated on; and what
-# such a column saves in rounding is a 16th of a level of the layer.
+# No column's range is narrower than this share of the layer's range. A column that hardly ever fires may fire harder
+# for users that were not calibrated on; and what is left to save in rounding is a 16th of a level of the layer.
 NARROWEST_COLUMN = 1 / 16
 
 
 def required_statistics(clip: ClipMode, symmetric: bool) -> tuple[str, ...]:
-    """The keys that ``clip_range`` reads."""
+    """Return the keys of the statistics that ``clip_range`` reads in a mode."""
     if clip.of_histogram:
         return ("histogram",)
     if clip is ClipMode.NONE:
@@ -80,19 +83,19 @@ def clip_range(
     n_stds: float | None = None,
     half_range: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The float range to quantize.
+    """Return the float range of a tensor that is to be quantized.
 
     Args:
-        statistics: Those that ``required_statistics`` names, as floats (calibrated) or float32 scalars (of the
-            tensor at hand); a histogram as ``Histogram.plain`` makes it.
+        statistics: The statistics that ``required_statistics`` names. Calibrated ones are floats, those of the tensor
+            at hand float32 scalars; a histogram is in the form that ``Histogram.plain`` returns.
         clip: How the range is found.
-        mode: Of quantization.
-        bits: Of the quantized tensor; at most ``ACIQ_MAX_BITS`` for gauss and laplace.
-        n_stds: Standard deviations that n_std keeps on each side of the mean.
-        half_range: The tensor comes out of a fused ReLU.
+        mode: How the range will be mapped to integers.
+        bits: The width of the integers; at most ``ACIQ_MAX_BITS`` for gauss and laplace.
+        n_stds: How many standard deviations n_std keeps on each side of the mean.
+        half_range: Whether the tensor is the output of a fused ReLU.
 
     Returns:
-        Lower and upper bound, (1,) float32 each.
+        The lower and the upper bound, (1,) float32 each.
     """
 
     def float32(value: float | Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def clip_range(
         return low, torch.minimum(float32(statistics["max"]), mean + reach)
 
     spread = statistics["b" if clip is ClipMode.LAPLACE else "std"]
-    # The product of two doubles where the statistics are calibrated, rounded to float32 once.
+    # Calibrated statistics are doubles: their product with the table's entry is rounded to float32 once, afterwards.
     alpha = float32(spread * ACIQ_ALPHA[clip][half_range and not mode.symmetric][bits])
     if mode.symmetric:
         reach = mean.abs() + alpha
@@ -123,15 +126,15 @@ def clip_range(
 
 
 def column_reach(column_max: Tensor, high: Tensor) -> Tensor:
-    """How far the range of every column of a ReLU's output reaches from 0.
+    """Return the upper bound of the range of every column of a ReLU's output; the lower bound is 0.
 
     Args:
-        column_max: (C,) float32, the largest calibrated value of each.
-        high: (1,), the upper bound that ``clip_range`` found for all of them, which cuts columns off too. An assumed
-            distribution may have it below 0, which counts as 0.
+        column_max: (C,) float32, the largest calibrated value of each column.
+        high: (1,) float32, the upper bound that ``clip_range`` found for the whole tensor. No column reaches beyond
+            it. The modes that assume a distribution may return a bound below 0, which counts as 0.
 
     Returns:
-        (C,) float32; nothing less than ``NARROWEST_COLUMN`` of ``high``.
+        (C,) float32, each between ``NARROWEST_COLUMN`` times ``high`` and ``high``.
     """
     high = high.clamp(min=0)
     return torch.maximum(torch.minimum(column_max, high), NARROWEST_COLUMN * high)
@@ -140,6 +143,7 @@ def column_reach(column_max: Tensor, high: Tensor) -> Tensor:
 def _range_of_histogram(
     histogram: Histogram, clip: ClipMode, mode: LinearQuantMode, bits: int
 ) -> tuple[float, float]:
+    """Return the range that a clip mode finds in a histogram."""
     if clip is ClipMode.PERCENTILE:
         return percentile_range(histogram)
     estimate = least_squares_range if clip is ClipMode.MSE else least_divergence_range
@@ -147,9 +151,10 @@ def _range_of_histogram(
 
 
 def measure(x: Tensor, clip: ClipMode, symmetric: bool) -> dict[str, Tensor]:
-    """The statistics that ``clip_range`` reads, of one tensor: float32 scalars.
+    """Return the statistics of a tensor that ``clip_range`` reads, float32 scalars by key.
 
-    The averages are over rows; std is the unbiased one and b the mean absolute deviation.
+    avg_min and avg_max are means over rows of each row's min and max, std is the unbiased standard deviation and b
+    the mean absolute deviation from the mean.
     """
     rows = x.reshape(len(x), -1)
     functions = {

@@ -1,4 +1,4 @@
-"""From quantization-aware training to integers: the post-training quantizer that does what training rehearsed."""
+"""From quantization-aware training to integers: the post-training quantizer that rounds as training did."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from distiller.system.cli import InputError
 
 
 def quantizer_of_aware(aware: nn.Module, model: nn.Module) -> PostTrainLinearQuantizer:
-    """The quantizer that prepares a float model with the bits, modes and ranges of a quantization-aware one.
+    """Return the quantizer that prepares a float model with the bits, modes and ranges of a quantization-aware one.
 
-    What it prepares computes what ``aware`` does in evaluation mode, but for sums that are exact in place of rounded to
-    float32, and biases that are rounded to units of these: a value between two levels may come to lie on the other one.
-    And a range on one side of 0 is widened to contain it.
+    The model that it prepares computes what ``aware`` computes in evaluation mode, with these differences: sums are
+    exact and not rounded to float32, and biases are rounded to units of these sums, so that a value about halfway
+    between two levels may be rounded to the other one; and a range on one side of 0 is widened to contain 0.
 
     Args:
-        aware: Prepared by ``NCFQuantAwareTrainQuantizer`` and trained.
-        model: The float model with the same weights. Its biases are rounded here as in training.
+        aware: A model prepared by ``NCFQuantAwareTrainQuantizer`` and trained.
+        model: The float model with the same weights. Its biases are rounded in place, as in training.
 
     Raises:
-        InputError: a range has not seen a batch yet.
+        InputError: a range of ``aware`` has not seen a batch yet.
     """
     overrides: dict[str, dict[str, Any]] = {}
     statistics: Statistics = {}
@@ -50,7 +50,7 @@ def quantizer_of_aware(aware: nn.Module, model: nn.Module) -> PostTrainLinearQua
 
 
 def _settings(rounded: nn.Module) -> dict[str, Any]:
-    """A layer's bits and modes, as an override; float on both counts where it does not round."""
+    """Return the bits and modes of a layer as an override; what the layer does not round stays in float."""
     tracked, weights = getattr(rounded, "range", None), getattr(rounded, "weights", None)
     activations = tracked if isinstance(tracked, TrackedRange) else None
     return {
@@ -64,7 +64,11 @@ def _settings(rounded: nn.Module) -> dict[str, Any]:
 
 
 def _range(name: str, rounded: nn.Module) -> dict[str, Any]:
-    """A layer's range, as statistics: that of its table, or the one tracked of its outputs; empty where it has none."""
+    """Return the range of a layer as its entry in the statistics.
+
+    It is that of an embedding's table, else the tracked one of the layer's output; the entry is empty where there is
+    neither.
+    """
     if isinstance(rounded, RoundedEmbedding):
         low, high = rounded.weight.detach().aminmax()
     elif isinstance(getattr(rounded, "range", None), TrackedRange):

@@ -1,7 +1,9 @@
-"""Histograms of tensors, and the ranges that they speak for.
+"""Histograms of tensors, and the search for the range to quantize in them.
 
-The mean squared error and the Kullback-Leibler divergence of a range are those of quantizing the histogram's bins with
-it. Shapes: B bins, R ranges.
+A range is judged by what quantizing the centers of the histogram's bins with it loses: in mean squared error or in
+Kullback-Leibler divergence.
+
+Shapes: B bins, R ranges.
 """
 
 from __future__ import annotations
@@ -15,21 +17,21 @@ from torch import Tensor
 
 from distiller.quantization.linear import LinearQuantMode, QuantParams, dequantize, params_of_range, quantize
 
-PERCENTILE = (
-    99.99  # of values kept, the rest cut off in equal shares at both ends: less cut hardly narrows a range
-)
-STEPS = 128  # a range is searched for in steps of this part of the whole: two of 256 levels
+# Percent of the values that are kept; the others are cut off in equal shares at both ends. Cutting off fewer hardly
+# narrows a range.
+PERCENTILE = 99.99
+STEPS = 128  # The search moves bounds in steps of 1/128 of the whole range, which are two of 256 levels.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """How often a tensor's values fall into equal parts of its range.
+    """A histogram: how many of a tensor's values lie in each of B bins of equal width.
 
     Attributes:
-        min: The range's lower end.
-        max: Its upper end.
-        counts: (B,) float64.
+        min: The lower end of the first bin.
+        max: The upper end of the last bin.
+        counts: (B,) float64, the number of values in each bin.
     """
 
     min: float
@@ -38,10 +40,13 @@ class Histogram:
 
     @classmethod
     def from_plain(cls, value: object) -> Histogram:
-        """From ``plain``'s value.
+        """Return the histogram that ``plain`` was called on.
+
+        Args:
+            value: What ``plain`` returned, or anything else, as it was read from a file.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the value does not have the form that ``plain`` returns.
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("counts"), str):
             raise ValueError("not a map of min, max and counts")
@@ -57,35 +62,35 @@ class Histogram:
         return cls(low, high, torch.tensor(counts, dtype=torch.float64))
 
     def plain(self) -> dict[str, Any]:
-        """As a map of numbers and a text, for a statistics file."""
+        """Return the histogram as a map for a statistics file: min, max and the counts as a text of numbers."""
         counts = " ".join(str(int(count)) for count in self.counts.tolist())
         return {"min": self.min, "max": self.max, "counts": counts}
 
     @property
     def edges(self) -> Tensor:
-        """(B + 1,) float64, the bounds of the bins; those of a constant are half a unit to both sides."""
+        """The bounds of the bins, (B + 1,) float64; those of a constant reach half a unit to both sides."""
         apart = 0.5 * (self.min == self.max)
         return torch.linspace(self.min - apart, self.max + apart, len(self.counts) + 1, dtype=torch.float64)
 
     @property
     def centers(self) -> Tensor:
-        """(B,) float32, the middle of each bin."""
+        """The middle of each bin, (B,) float32."""
         return ((self.edges[1:] + self.edges[:-1]) / 2).float()
 
     def within(self, low: float, high: float) -> Histogram:
-        """The part of it in [low, high]; all of it where that part is empty."""
+        """Return the histogram of the values in [low, high]; the whole histogram where there are none."""
         counts = self.counts.where((self.centers >= low) & (self.centers <= high), 0)
         return Histogram(self.min, self.max, counts) if counts.any() else self
 
 
 def percentile_range(histogram: Histogram) -> tuple[float, float]:
-    """The range that keeps ``PERCENTILE`` percent of the values."""
+    """Return the range that keeps ``PERCENTILE`` percent of the values."""
     cut = (1 - PERCENTILE / 100) / 2 * histogram.counts.sum()
     return _bound_above(histogram, cut), _bound_below(histogram, cut)
 
 
 def _bound_above(histogram: Histogram, count: Tensor) -> float:
-    """The value below which ``count`` values lie, which are spread evenly over each bin."""
+    """Return the value below which ``count`` values lie, if the values of a bin are spread evenly over it."""
     reached = histogram.counts.cumsum(0)
     index = int((reached > count).nonzero()[0])
     part = 1 - (reached[index] - count) / histogram.counts[index]
@@ -93,32 +98,40 @@ def _bound_above(histogram: Histogram, count: Tensor) -> float:
 
 
 def _bound_below(histogram: Histogram, count: Tensor) -> float:
+    """Return the value above which ``count`` values lie, if the values of a bin are spread evenly over it."""
     mirrored = Histogram(-histogram.max, -histogram.min, histogram.counts.flip(0))
     return -_bound_above(mirrored, count)
 
 
 def least_squares_range(histogram: Histogram, mode: LinearQuantMode, bits: int) -> tuple[float, float]:
-    """The range whose quantization has the least mean squared error."""
+    """Return the range whose quantization has the least mean squared error."""
     return _least_range(histogram, mode, lambda *r: _squared_errors(histogram, _params(*r, bits, mode)))
 
 
 def least_divergence_range(histogram: Histogram, mode: LinearQuantMode, bits: int) -> tuple[float, float]:
-    """The range whose quantization loses least information, by the Kullback-Leibler divergence.
+    """Return the range whose quantization has the least Kullback-Leibler divergence.
 
-    The values' distribution, cut to the range, is compared with what is left of it when each level's values are spread
-    evenly over the level's bins (Migacz, 8-bit Inference with TensorRT, GTC 2017).
+    The divergence compares two distributions: the values with those outside of the range moved to its ends, and what
+    is left of that after quantization, when the values of each level are spread evenly over the level's bins
+    (Migacz, 8-bit Inference with TensorRT, GTC 2017).
     """
     return _least_range(histogram, mode, lambda *r: _divergences(histogram, *r, _params(*r, bits, mode)))
 
 
 def _params(low: Tensor, high: Tensor, bits: int, mode: LinearQuantMode) -> QuantParams:
-    """(R, 1) parameters of (R,) ranges."""
+    """Return the (R, 1) quantization parameters of (R,) ranges."""
     return params_of_range(low[:, None], high[:, None], bits, mode)
 
 
 def _least_range(histogram: Histogram, mode: LinearQuantMode, loss: Loss) -> tuple[float, float]:
-    """The range of least loss: symmetric ones all compared, else one bound after the other until neither moves."""
-    parts = torch.arange(STEPS, 0, -1) / STEPS  # where two are equally good the wider one stands
+    """Return the range of least loss among those whose bounds lie on the steps.
+
+    Symmetric ranges are all compared. Otherwise the best upper bound for the lower one is found, then the best lower
+    bound for that upper one, and so on until neither moves.
+    """
+    parts = (
+        torch.arange(STEPS, 0, -1) / STEPS
+    )  # from wide to narrow: of two equally good ranges, the wider one wins
     low, high = min(histogram.min, 0.0), max(histogram.max, 0.0)
     if low == high:
         return low, high
@@ -136,14 +149,14 @@ def _least_range(histogram: Histogram, mode: LinearQuantMode, loss: Loss) -> tup
 
 
 def _squared_errors(histogram: Histogram, params: QuantParams) -> Tensor:
-    """(R,) sums of squared errors for (R, 1) parameters."""
+    """Return the (R,) sums of squared errors of quantizing with (R, 1) parameters."""
     centers = histogram.centers
     errors = dequantize(quantize(centers, params), params) - centers
     return errors.double().square() @ histogram.counts
 
 
 def _divergences(histogram: Histogram, low: Tensor, high: Tensor, params: QuantParams) -> Tensor:
-    """(R,) divergences for (R,) ranges and their (R, 1) parameters; infinite for ranges without values."""
+    """Return the (R,) divergences of (R,) ranges with (R, 1) parameters; infinite for a range without values."""
     centers, counts = histogram.centers, histogram.counts
     kept = counts * ((centers >= low[:, None]) & (centers <= high[:, None]))  # (R, B)
     filled = kept > 0
@@ -158,7 +171,7 @@ def _divergences(histogram: Histogram, low: Tensor, high: Tensor, params: QuantP
 
 
 def _cut_off(counts: Tensor, filled: Tensor) -> Tensor:
-    """(R, B): how many values below and above each range, at the first and the last of its filled bins."""
+    """Return the (R, B) numbers of values outside of each range, each counted at the nearest filled bin in it."""
     place = torch.arange(len(counts))
     first = torch.where(filled, place, len(counts)).amin(1, keepdim=True)
     last = torch.where(filled, place, -1).amax(1, keepdim=True)

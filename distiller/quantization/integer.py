@@ -1,8 +1,11 @@
-"""Linear layers of a prepared model on 8-bit integers with 32-bit sums, equal to what its wrappers simulate in floats.
+"""The linear layers of a prepared model on 8-bit integers with 32-bit sums.
 
-The wrappers' integers q are whole numbers in float32. Products take them as codes, which are int8: a code is q - s,
-with a shift s that moves unsigned integers into int8's range. Inputs of 9 to 16 bits are two codes, x = 256 h + l, and
-two products. Shapes: N rows, K input features, M output features.
+Results are equal to those of the modules in ``wrappers``, which simulate integer arithmetic in floats and hold their
+integers q as whole numbers in float32. Here, products are computed on codes, which are int8: a code is q - s, with a
+shift s that moves unsigned integers into the range of int8. An input of 9 to 16 bits becomes two codes h and l with
+q - s = 256 h + l, and two products.
+
+Shapes: N rows, K input features, M output features.
 """
 
 from __future__ import annotations
@@ -16,36 +19,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distiller.quantization.linear import QuantParams, approximate_scale, dequantize, quantize
+from distiller.quantization.quantized_module import AccumulatingModule, saturate
+from distiller.quantization.settings import ACCUMULATOR_BITS
 from distiller.quantization.wrappers import (
-    ACCUMULATOR_BITS,
     EXACT_IN_FLOAT32,
-    AccumulatingModule,
     FakeQuantized,
     QuantizedConcat,
     QuantizedLinear,
     ScaledConcat,
-    saturate,
 )
 from distiller.system.cpu import cpu_has
 
 BITS = 8  # of a code
-DIGIT = 1 << BITS  # what the higher of two codes counts
-SCALES_AT_ONCE = 1 << 14  # 16 MB for 256 levels of each
-# torch._int_mm on CUDA wants more than 16 rows, and K and M in eights. AMX works in sixteens: on two cores 4000 x 256
-# took 0.159 ms by 136 columns, 0.133 by 144 and 0.126 by 128 (2026-11-23).
+DIGIT = 1 << BITS  # The number of values of a code, and what a unit of the higher of two codes counts.
+SCALES_AT_ONCE = 1 << 14  # These need 16 MB for 256 levels of each scale.
+# torch._int_mm on CUDA needs more than 16 rows, and multiples of 8 for K and M. AMX works in sixteens: on two cores,
+# 4000 x 256 took 0.159 ms by 136 columns, 0.133 by 144 and 0.126 by 128 (2026-11-23).
 MIN_ROWS, MULTIPLE = 17, 16
-LARGEST_SUM = 1 << 31
-EXACT_FEATURES = EXACT_IN_FLOAT32 >> 14  # whose products of codes float32 adds without error
+LARGEST_SUM = 1 << 31  # The magnitude that 32-bit sums stay below.
+EXACT_FEATURES = EXACT_IN_FLOAT32 >> 14  # Float32 adds up to this many products of two codes without error.
 
 
 class NotIntegerError(ValueError):
-    """What 32-bit sums of products of integers cannot compute; the message says why."""
+    """The error of a layer that 32-bit sums of products of integers cannot compute; the message says why."""
 
 
 def require_levels(name: str, params: QuantParams) -> None:
-    """Raise a ``NotIntegerError`` unless all of these integers are told apart in float32.
+    """Raise a ``NotIntegerError`` unless every integer comes back when it is dequantized and quantized again.
 
-    The wrappers hand on floats and quantize them again. That changes nothing wherever this does not raise.
+    The modules in ``wrappers`` hand their integers on as floats; here, they are handed on as they are. The two are
+    equal where this function does not raise. It raises where float32 does not tell the levels of a range apart.
     """
     q = torch.arange(params.q_min, params.q_max + 1, dtype=torch.float32, device=params.scale.device)
     columns = zip(
@@ -58,44 +61,62 @@ def require_levels(name: str, params: QuantParams) -> None:
 
 
 def levels_of(params: QuantParams) -> int:
-    """How many integers there are."""
+    """Return the number of integers in the range of the parameters."""
     return params.q_max - params.q_min + 1
 
 
 def code_shift(q_min: int, levels: int) -> int:
-    """What to take from so many integers that start at ``q_min``, so that they are codes or two codes each."""
+    """Return the shift s, which is subtracted from integers to make one code or two codes of each.
+
+    Args:
+        q_min: The least integer.
+        levels: The number of integers.
+    """
     middle = levels // 2 if q_min == 0 else 0
     if levels <= DIGIT:
         return DIGIT // 2 if middle else 0
-    return middle + DIGIT // 2  # since the lower code starts at -128
+    return middle + DIGIT // 2  # The lower code starts at -128.
 
 
 def largest_terms(levels: int) -> int:
-    """What a feature of so many integers adds at most to the terms of a product.
+    """Return the most that one input feature adds, in magnitude, to the four terms of an ``IntegerProduct``.
 
-    In magnitude, the codes and offsets of a weight are at most 128, those of an input half its levels, and 128 more if
-    there are two codes of it.
+    The codes and offsets of a weight are at most 128 in magnitude. Those of an input are at most half its levels, and
+    128 more if it is two codes.
+
+    Args:
+        levels: The number of integers of the input.
     """
     reach = DIGIT // 2 if levels <= DIGIT else levels // 2 + DIGIT // 2
     return 4 * reach * (DIGIT // 2)
 
 
 def zero_point_of(params: QuantParams, columns: slice) -> float:
-    """The zero point that some columns have in common."""
+    """Return the zero point that the columns of a slice have in common."""
     return (params.zero_point[columns] if params.zero_point.numel() > 1 else params.zero_point)[0].item()
 
 
 def product_dtype(features: int, device: torch.device) -> torch.dtype:
-    """What the products of so many features are computed in: int8 where the hardware has it, else what is exact."""
+    """Return the type that products are computed in: int8 where the hardware supports it, else an exact float type.
+
+    Args:
+        features: The number of input features.
+        device: Where the products are computed.
+    """
     if device.type == "cuda" or cpu_has("avx512_vnni", "avx_vnni", "amx_int8"):
         return torch.int8
     return torch.float32 if features <= EXACT_FEATURES else torch.float64
 
 
 def code_product(codes: Tensor, weight: Tensor) -> Tensor:
-    """The matrix product of codes (N, K) int8 and a weight's (K, M), in its ``product_dtype``: int32, exact.
+    """Return the exact matrix product of an input's codes and a weight's.
 
-    K and M are in sixteens.
+    Args:
+        codes: (N, K) int8, the codes of the input. K is a multiple of 16.
+        weight: (K, M) codes of the weight in their ``product_dtype``. M is a multiple of 16.
+
+    Returns:
+        (N, M) int32.
     """
     if weight.dtype is not torch.int8:
         return (codes.to(weight.dtype) @ weight).to(torch.int32)
@@ -106,19 +127,19 @@ def code_product(codes: Tensor, weight: Tensor) -> Tensor:
 
 
 class IntegerProduct:
-    """What some of a quantized linear layer's input features add to its sums: (q_x + zp_x) . (q_w + zp_w).
+    """The part of a linear layer's sums that some of its input features contribute: (q_x + zp_x) . (q_w + zp_w).
 
     With x = q_x - s and w = q_w - t, and offsets a = zp_x + s and b = zp_w + t, that is
 
         (x + a) . (w + b) = x . w + b sum(x) + a sum(w) + K a b.
 
-    The last two terms are constant. w is a code; x is one or, of more than 8 bits, 256 h + l of two.
+    The last two terms are constant. w is a code. x is a code too or, with more than 8 bits, 256 h + l of two codes.
 
     Args:
         linear: The layer.
-        columns: Its input features.
-        bias: Add the layer's bias.
-        dtype: Of the sums, int32 or, where it holds all of the layer's without error, float32.
+        columns: The input features.
+        bias: Whether to add the layer's bias.
+        dtype: The type of the sums: int32, or float32 where it holds all sums of the layer without error.
     """
 
     def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool, dtype: torch.dtype):
@@ -132,7 +153,7 @@ class IntegerProduct:
         constant = a * weight.sum(1, dtype=torch.int32) + depth * a * b
         if bias and linear.bias is not None:
             constant += linear.bias.int()
-        # The terms may be larger than their sum is.
+        # The four terms may be larger than their sum is.
         largest = depth * largest_terms(levels) + constant.abs().max().item()
         self._dtype, self._term_dtype = dtype, dtype if largest <= EXACT_IN_FLOAT32 else torch.int32
         self._constant = constant.to(self._term_dtype)
@@ -142,7 +163,7 @@ class IntegerProduct:
         self._weight = weight.to(product_dtype(depth, weight.device)).t()
 
     def __call__(self, q: Tensor) -> Tensor:
-        """(N, M) of (N, K) whole numbers in float32, which are overwritten."""
+        """Return the (N, M) sums of (N, K) whole numbers in float32, which are overwritten."""
         if self._shift:
             q.sub_(self._shift)
         sums = self._product(q).to(self._term_dtype) + self._constant
@@ -151,17 +172,18 @@ class IntegerProduct:
         return sums.to(self._dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        """(N, M) int32, the first term."""
+        """Return the first term, x . w, (N, M) int32."""
         if self._wide:
             integers = x.to(torch.int32)
-            low = self._code_product(integers)  # whose last byte is the lower code
+            low = self._code_product(integers)  # Of the last bytes, which are the lower codes.
             return low.add_(
                 self._code_product(integers.add_(DIGIT // 2).bitwise_right_shift_(BITS)), alpha=DIGIT
             )
-        # Compiled, float32 to int8 at once takes 0.45 ms, by way of int32 0.39 (4000 x 256, with its sums).
+        # Compiled, converting float32 to int8 at once takes 0.45 ms, by way of int32 0.39 (4000 x 256, with its sums).
         return self._code_product(x.to(torch.int32) if torch.compiler.is_compiling() else x)
 
     def _code_product(self, x: Tensor) -> Tensor:
+        """Return the product of the weight and the codes that ``x`` becomes as int8."""
         codes = x.to(torch.int8)
         if self._padding:
             codes = F.pad(codes, (0, self._padding))
@@ -169,14 +191,15 @@ class IntegerProduct:
 
 
 class WideProduct:
-    """What some of a quantized linear layer's input features add to its sums, at any bits, where these fit 32 bits.
+    """The part of a linear layer's sums that some of its input features contribute, at any number of bits.
 
-    In float64, which takes long: for what is computed once and not for every pair.
+    The sums must fit 32 bits. They are computed in float64, which takes long: use it for what is computed once and not
+    for every pair of a user and an item.
 
     Args:
         linear: The layer.
-        columns: Its input features.
-        bias: Add the layer's bias.
+        columns: The input features.
+        bias: Whether to add the layer's bias.
     """
 
     def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool):
@@ -185,19 +208,20 @@ class WideProduct:
         self._bias = linear.bias.double() if bias and linear.bias is not None else None
 
     def __call__(self, q: Tensor) -> Tensor:
-        """(N, M) int32 of (N, K) whole numbers in float32."""
+        """Return the (N, M) int32 sums of (N, K) whole numbers in float32."""
         return F.linear(q.double() + self._zero_point, self._weight, self._bias).to(torch.int32)
 
 
 class SingleOutput:
-    """What some of the input features add to the sum of a layer of one output, where float32 holds it without error.
+    """The part of a single sum, of a layer with one output, that some of its input features contribute.
 
-    A matrix product of one column would be computed as one of sixteen.
+    It is exact in float32. The products are added up element by element: a matrix product of one column would be
+    computed as one of sixteen.
 
     Args:
-        linear: The layer.
-        columns: Its input features.
-        bias: Add the layer's bias.
+        linear: The layer, whose ``exact_dtype`` is float32.
+        columns: The input features.
+        bias: Whether to add the layer's bias.
     """
 
     def __init__(self, linear: QuantizedLinear, columns: slice, bias: bool):
@@ -206,7 +230,7 @@ class SingleOutput:
         self._bias = linear.bias if bias else None
 
     def __call__(self, q: Tensor) -> Tensor:
-        """(N, 1) whole numbers in float32 of (N, K) such, which are overwritten."""
+        """Return the (N, 1) sums in float32 of (N, K) whole numbers in float32, which are overwritten."""
         if self._zero_point:
             q.add_(self._zero_point)
         sums = q.mul_(self._weight).sum(1, keepdim=True)
@@ -214,22 +238,24 @@ class SingleOutput:
 
 
 def require_finite(name: str, factors: Tensor) -> None:
-    """Raise a ``NotIntegerError`` unless these factors between a layer's scales are numbers."""
+    """Raise a ``NotIntegerError`` unless the factors between a layer's scales are finite."""
     if not torch.isfinite(factors).all():
         raise NotIntegerError(f"layer {name} has a factor between scales that float32 does not hold")
 
 
 class Requantizer:
-    """From a layer's sums to its output's integers, by the wrapper's float32 operations in their order.
+    """The step from a layer's sums to the integers of its output.
+
+    It does the same float32 operations in the same order as ``AccumulatingModule``.
 
     Args:
-        name: Of the layer.
-        layer: With fixed ranges.
-        scale: Of the sums, in quanta per unit; None where every row has its own, given with it.
-        bits: Of the sums, which saturate there.
+        name: The layer's name.
+        layer: The layer, with fixed ranges.
+        scale: The scale of the sums in quanta per unit; None where every row has its own, given on each call.
+        bits: The width of the accumulator, at which sums saturate.
 
     Raises:
-        NotIntegerError: float32 cannot hold the factor from one scale to the other.
+        NotIntegerError: float32 does not tell the output's levels apart, or cannot hold the factor between the scales.
     """
 
     def __init__(
@@ -243,18 +269,20 @@ class Requantizer:
             require_finite(name, self._factor)
         self._bits = bits
         self._zero_point = zero_point_of(output, slice(None))
-        # All of this rises with the sum, so that a ReLU before it is a bound on what comes out.
+        # The output never falls when the sum rises, so a ReLU on the sum is a lower bound on the output.
         self._low = max(output.q_min, -self._zero_point) if layer.fused_relu else output.q_min
         self._high = output.q_max
 
     def factor_of(self, scale: Tensor) -> Tensor:
-        """From the scale of sums to that of the output."""
+        """Return the factor from the scale of sums to that of the output."""
         return approximate_scale(self._scale / scale, self._scale_bits)
 
     def __call__(self, sums: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Whole numbers in float32 of sums in int32 or float32; float32 is overwritten.
+        """Return the integers of the output, whole numbers in float32.
 
-        ``scale`` is that of every row's sums, (N, 1), where they have their own.
+        Args:
+            sums: (N, M) int32 or float32; float32 is overwritten.
+            scale: (N, 1) scales of the rows' sums, where every row has its own.
         """
         if self._bits < ACCUMULATOR_BITS:
             sums = saturate(sums, self._bits)
@@ -265,7 +293,17 @@ class Requantizer:
 
 
 class RequantizedReLU:
-    """A ReLU that is a layer of its own, from the integers of its input to those of its output, likewise."""
+    """A ReLU that is a layer of its own: from the integers of its input to those of its output.
+
+    It does the same float32 operations in the same order as ``FakeQuantized``.
+
+    Args:
+        name: The layer's name.
+        relu: The layer, with fixed ranges.
+
+    Raises:
+        NotIntegerError: float32 does not tell the levels of the input or of the output apart.
+    """
 
     def __init__(self, name: str, relu: FakeQuantized):
         self._inputs, self._output = relu.fixed_input(0), relu.fixed_output
@@ -273,17 +311,23 @@ class RequantizedReLU:
         require_levels(name, self._output)
 
     def __call__(self, q: Tensor) -> Tensor:
-        """Whole numbers in float32 of such."""
+        """Return the integers of the output for those of the input; both are whole numbers in float32."""
         return quantize(dequantize(q, self._inputs).relu_(), self._output)
 
 
 class Rescaler:
-    """From an input's integers to those of the concatenation that it goes into, likewise.
+    """The step from an input's integers to those of the concatenation that it goes into.
+
+    It does the same float32 operations in the same order as ``QuantizedConcat``.
 
     Args:
-        name: Of the layer.
-        concat: The layer.
-        inputs: Parameters of the input, those of a table's rows all together.
+        name: The concatenation's name.
+        concat: The concatenation, with fixed ranges.
+        inputs: The parameters of the input; for an embedding, those of the whole table.
+
+    Raises:
+        NotIntegerError: float32 does not tell the levels of the input or of the output apart, or cannot hold the factor
+            between the scales.
     """
 
     def __init__(self, name: str, concat: QuantizedConcat, inputs: QuantParams):
@@ -296,7 +340,12 @@ class Rescaler:
         self._low, self._high = output.q_min, output.q_max
 
     def __call__(self, q: Tensor, params: QuantParams | None = None) -> Tensor:
-        """Whole numbers in float32 of such, which are overwritten; ``params`` are rows' own, where they have some."""
+        """Return the input as integers of the concatenation, whole numbers in float32.
+
+        Args:
+            q: (N, K) whole numbers in float32, the integers of the input, which are overwritten.
+            params: The parameters of the rows of ``q``, where every row has its own.
+        """
         params = params or self._inputs
         q.add_(params.zero_point).mul_(self._scale / params.scale).round_()
         if self._zero_point:
@@ -307,24 +356,31 @@ class Rescaler:
 def rescalers_of(
     name: str, concat: QuantizedConcat | ScaledConcat, inputs: Sequence[QuantParams]
 ) -> list[Rescaler] | None:
-    """What brings a concatenation's inputs to the scale they have in common, None where each keeps its own."""
+    """Return what brings each input of a concatenation to their common scale; None where each keeps its own.
+
+    Args:
+        name: The concatenation's name.
+        concat: The concatenation, with fixed ranges.
+        inputs: The parameters of each input; for an embedding, those of the whole table.
+    """
     return [Rescaler(name, concat, x) for x in inputs] if isinstance(concat, QuantizedConcat) else None
 
 
 class IntegerLinear:
-    """A prepared model's linear layer in integers, over one input or over a concatenation of several.
+    """A prepared model's linear layer in integers, on one input or on a concatenation of several.
 
     Args:
-        name: Of the layer.
+        name: The layer's name.
         linear: The layer, with fixed ranges.
-        widths: Input features of each of the inputs.
-        rescalers: Of each of the inputs, where what puts them side by side brings them to a scale in common.
-        relu: What reads the layer's output, and its name, where the layer does not apply it itself.
-        wide: It is not computed for every pair, so that weights may have more than 8 bits too.
+        widths: The number of input features of each input.
+        rescalers: What brings each input to their common scale; None where each keeps its own.
+        relu: The name and the module of a ReLU that reads the layer's output, where the layer does not apply it itself.
+        wide: Whether the layer may take long, because it is not computed for every pair of a user and an item. Then its
+            weights may have more than 8 bits too.
 
     Raises:
-        NotIntegerError: weights of more than 8 bits, sums that 32 bits may not hold, or ranges or factors between
-            scales that float32 does not.
+        NotIntegerError: the layer has weights of more than 8 bits, sums that 32 bits may not hold, or ranges or factors
+            between scales that float32 does not hold.
     """
 
     def __init__(
@@ -360,21 +416,32 @@ class IntegerLinear:
         self._relu = RequantizedReLU(*relu) if relu else None
 
     def sums_of(self, position: int, q: Tensor, params: QuantParams | None = None) -> Tensor:
-        """What one input, (N, K) whole numbers in float32, adds to the sums: (N, M) in float32 or int32, always alike.
+        """Return what one input adds to the sums, (N, M): always float32 or always int32 for a layer.
 
-        ``q`` is overwritten; ``params`` are its rows' where they have their own.
+        Args:
+            position: The position of the input.
+            q: (N, K) whole numbers in float32, the integers of the input, which are overwritten.
+            params: The parameters of the rows of ``q``, where every row has its own.
         """
         if self._rescalers:
             q = self._rescalers[position](q, params)
         return self._products[position](q)
 
     def output(self, sums: Tensor) -> Tensor:
-        """The layer's integers, or its ReLU's, of its sums, (N, M) in int32 or float32; float32 is overwritten."""
+        """Return the integers of the layer's output, after its ReLU: (N, M) whole numbers in float32.
+
+        Args:
+            sums: (N, M) int32 or float32, the sum of what ``sums_of`` returns; float32 is overwritten.
+        """
         q = self._requantizer(sums)
         return self._relu(q) if self._relu else q
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The layer's integers, (N, M) whole numbers in float32, of its inputs' (N, K) each; they are overwritten."""
+        """Return the integers of the layer's output, (N, M) whole numbers in float32.
+
+        Args:
+            inputs: (N, K) whole numbers in float32 each, the integers of the inputs, which are overwritten.
+        """
         sums = self.sums_of(0, inputs[0])
         for position, q in enumerate(inputs[1:], 1):
             sums += self.sums_of(position, q)

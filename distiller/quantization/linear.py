@@ -1,11 +1,11 @@
-"""Linear quantization as pure arithmetic, in float32.
+"""The arithmetic of linear quantization: floats to integers and back, in float32.
 
-The convention of this library, which is Distiller's:
+This library has the convention of Distiller:
 
     q = clamp(round(scale * x - zero_point), q_min, q_max)        x = (q + zero_point) / scale
 
-So ``scale`` is quanta per unit, the inverse of what PyTorch and ONNX call scale, and ``zero_point`` has the
-opposite sign of theirs. ``round`` is half to even.
+So ``scale`` is in quanta (steps of the integer) per unit, the inverse of what PyTorch and ONNX call scale, and
+``zero_point`` has the opposite sign of theirs. ``round`` rounds halves to even.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class LinearQuantMode(Enum):
-    """How a float range maps to integers; the value is the command line's name."""
+    """A way to map a float range to integers. The value of a member is its name on the command line."""
 
     SYMMETRIC = "sym"
     SYMMETRIC_RESTRICTED = "sym_restr"
@@ -27,16 +27,17 @@ class LinearQuantMode(Enum):
 
     @property
     def symmetric(self) -> bool:
+        """Whether the range lies evenly around 0, so that the zero point is 0."""
         return self in (LinearQuantMode.SYMMETRIC, LinearQuantMode.SYMMETRIC_RESTRICTED)
 
 
 @dataclass(frozen=True)
 class QuantParams:
-    """How a tensor is quantized.
+    """The parameters by which a tensor is quantized.
 
     Attributes:
         scale: Quanta per unit, float32, broadcastable to the tensor.
-        zero_point: Likewise, whole-numbered.
+        zero_point: Whole numbers, float32, broadcastable to the tensor.
         q_min: The least integer.
         q_max: The greatest integer.
     """
@@ -48,7 +49,7 @@ class QuantParams:
 
 
 def integer_range(bits: int, mode: LinearQuantMode) -> tuple[int, int]:
-    """The least and the greatest integer of a mode at a number of bits."""
+    """Return the least and the greatest integer that a mode has at a number of bits."""
     if mode is LinearQuantMode.ASYMMETRIC_UNSIGNED:
         return 0, 2**bits - 1
     greatest = 2 ** (bits - 1) - 1
@@ -56,13 +57,15 @@ def integer_range(bits: int, mode: LinearQuantMode) -> tuple[int, int]:
 
 
 def params_of_range(low: Tensor, high: Tensor, bits: int, mode: LinearQuantMode) -> QuantParams:
-    """Scale and zero point that map float ranges onto integers.
+    """Return the scale and the zero point that map float ranges onto integers.
+
+    A range of zero width gives scale 1.
 
     Args:
-        low: Float32 lower bounds. Symmetric modes use max(|low|, |high|).
-        high: Upper bounds, in the same shape. Asymmetric ranges are widened to contain 0.
-        bits: 1 or more.
-        mode: A zero-width range gives scale 1 in any mode.
+        low: Lower bounds, float32. Symmetric modes take the range from -r to r with r = max(|low|, |high|).
+        high: Upper bounds, float32, in the shape of ``low``. Asymmetric ranges are widened to contain 0.
+        bits: The width of the integers, 1 or more.
+        mode: How the range is mapped.
 
     Raises:
         ValueError: an asymmetric range is upside down, or the mode has no level but 0 at these bits.
@@ -86,38 +89,41 @@ def params_of_range(low: Tensor, high: Tensor, bits: int, mode: LinearQuantMode)
 
 
 def scale_of_width(width: Tensor, levels: float) -> Tensor:
-    """``levels`` quanta for ``width``; scale 1 where that is 0, or so small that float32 cannot hold the scale.
+    """Return the scale ``levels / width``, in quanta per unit.
+
+    It is 1 where the width is 0, or so small that float32 cannot hold the scale.
 
     Raises:
-        ValueError: a negative width.
+        ValueError: a width is negative.
     """
     if (width < 0).any():
         raise ValueError(f"negative width: {width.min()}")
     none = width <= levels / torch.finfo(torch.float32).max
-    # Rounded twice, as PyTorch divides a number by a tensor. A single division differs in the last bit.
+    # Two roundings, one in the reciprocal and one in the product: PyTorch divides a number by a tensor in this way.
+    # A single division differs in the last bit.
     return torch.where(none, levels, width).reciprocal() * levels
 
 
 def quantize(x: Tensor, params: QuantParams) -> Tensor:
-    """Whole-numbered float32 tensor of ``x``'s shape, clamped to the integer range."""
+    """Return the integers of a float tensor: whole numbers in float32 of its shape, clamped to the integer range."""
     return (params.scale * x).sub_(params.zero_point).round_().clamp_(params.q_min, params.q_max)
 
 
 def dequantize(q: Tensor, params: QuantParams) -> Tensor:
-    """The float32 values that integers stand for."""
+    """Return the float32 values that integers stand for."""
     return (q + params.zero_point).div_(params.scale)
 
 
 def fake_quantize(x: Tensor, params: QuantParams) -> Tensor:
-    """``x`` as it looks after quantization: rounded and saturated, still in floats."""
+    """Return ``x`` quantized and dequantized: rounded to the levels and saturated at the ends, still in floats."""
     return dequantize(quantize(x, params), params)
 
 
 def approximate_scale(scale: Tensor, bits: int | None) -> Tensor:
-    """The nearest scale from below that a multiplier of ``bits`` bits and a shift can express.
+    """Return the largest scale up to this one that a multiplier of ``bits`` bits and a shift can express.
 
-    ``floor(scale * 2^h) / 2^h`` with ``h = floor(log2((2^bits - 1) / scale))``, element by element; unchanged
-    where ``bits`` is None.
+    It is ``floor(scale * 2^h) / 2^h`` with ``h = floor(log2((2^bits - 1) / scale))``, element by element. Where
+    ``bits`` is None, the scale is returned unchanged.
     """
     if bits is None:
         return scale
@@ -126,7 +132,7 @@ def approximate_scale(scale: Tensor, bits: int | None) -> Tensor:
 
 
 def storage_dtype(q_min: int, q_max: int) -> torch.dtype:
-    """The smallest integer type that holds [q_min, q_max] and that PyTorch computes with."""
+    """Return the smallest integer type of PyTorch that holds [q_min, q_max]."""
     for dtype in (torch.uint8, torch.int8, torch.int16):
         limits = torch.iinfo(dtype)
         if limits.min <= q_min and q_max <= limits.max:

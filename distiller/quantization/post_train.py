@@ -1,50 +1,53 @@
-"""Post-training quantization of a whole model: its modules replaced by their quantized forms."""
+"""Post-training quantization of a whole model: its modules are replaced by their quantized forms."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 
 from distiller.graph import ModuleCall, leaf_modules, module_graph, output_widths
 from distiller.modules import Concat, EltwiseAdd, EltwiseMult
-from distiller.quantization.clipping import ClipMode, required_statistics
+from distiller.quantization.calibrated_params import params_of_activations, params_of_table
+from distiller.quantization.clipping import ClipMode
 from distiller.quantization.configuration import IN_FLOAT, arguments_of_file, arguments_of_flags
 from distiller.quantization.flags import EMBEDDING_BITS, PostTrainFlags
-from distiller.quantization.linear import LinearQuantMode, QuantParams, params_of_range
-from distiller.quantization.settings import Request, changes_of, choice, modes, requests_by_layer
+from distiller.quantization.linear import LinearQuantMode, QuantParams
+from distiller.quantization.quantized_module import QuantizedModule
+from distiller.quantization.settings import (
+    ActivationSettings,
+    Request,
+    WeightSettings,
+    changes_of,
+    choice,
+    modes,
+    requests_by_layer,
+)
 from distiller.quantization.statistics import (
     Statistics,
     check_statistics,
     clip_to_consumers,
-    columns_of_text,
     consumer_bounds,
     load_statistics,
     save_statistics,
-    tensor_statistics,
 )
 from distiller.quantization.wrappers import (
-    ActivationSettings,
     FakeQuantized,
     QuantizedAdd,
     QuantizedConcat,
     QuantizedEmbedding,
     QuantizedLinear,
-    QuantizedModule,
     QuantizedMult,
     QuantizedTable,
     RowQuantizedEmbedding,
     ScaledConcat,
     WeightQuantizedLinear,
-    WeightSettings,
     params_of_columns,
 )
 from distiller.system.cli import InputError
@@ -52,42 +55,50 @@ from distiller.system.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-STATS_FILE, PARAMS_FILE = "quant_stats_after_prepare_model.yaml", "layer_quant_params.yaml"
-# They hand on the tensor they get, and with it what it carries.
+PREPARED_STATS_FILE, PARAMS_FILE = "quant_stats_after_prepare_model.yaml", "layer_quant_params.yaml"
+# Modules that return their very input, and with it the parameters that it carries.
 PASS_THROUGH = (nn.Identity, nn.Dropout)
 ELEMENTWISE = (Concat, EltwiseAdd, EltwiseMult)
 
 
 class PostTrainLinearQuantizer:
-    """Quantizes a trained model.
+    """A quantizer that replaces the modules of a trained model by their quantized forms.
 
     Args:
-        model: In evaluation mode; changed in place by ``prepare_model``.
-        bits_activations: 1 .. 16; 0 or None leaves activations in float.
-        bits_parameters: Likewise for weights.
-        bits_accum: Of Linear's accumulator, 1 .. 32.
-        overrides: By a regular expression of whole layer names, changes to ``bits_activations``,
-            ``bits_weights``, ``clip_acts``, ``clip_n_stds`` or ``mode``. The first that matches counts.
+        model: The model, in evaluation mode, which ``prepare_model`` changes in place.
+        bits_activations: Bits of activations, 1 .. 16; 0 or None leaves them in float.
+        bits_parameters: Bits of weights, 1 .. 16; 0 or None leaves them in float.
+        bits_accum: Bits of Linear's accumulator, 1 .. 32.
+        overrides: By a regular expression that matches whole layer names, changes to ``bits_activations``,
+            ``bits_weights``, ``clip_acts``, ``clip_n_stds`` or ``mode``. The first expression that matches counts.
         mode: A ``LinearQuantMode``, its name, or a map of both ``activations`` and ``weights``.
         clip_acts: A ``ClipMode`` or its name.
-        per_channel_wts: One scale per output feature of a Linear, in place of one per layer.
-        model_activation_stats: Calibrated statistics or the path of their file. None: ranges are found on
-            every forward (dynamic quantization).
-        clip_n_stds: For ``ClipMode.N_STD``.
-        scale_approx_mult_bits: Cut scales to multipliers of so many bits and a shift.
-        save_fp_weights: Keep each Linear's float weight and bias beside the integers, as ``float_weight`` and
-            ``float_bias``.
-        scaled_concat: A concatenation of tensors with a scale each that feeds one Linear keeps these scales, which go
-            into the Linear's weight.
-        per_channel_acts: A scale per output feature of a Linear that applies a ReLU, in place of one per layer, where
-            all that reads it can fold these scales: a Linear, or a concatenation that keeps scales.
-        embedding_bits: 4 or 8: embedding tables of so many bits, with a scale for every row, in place of one of
-            ``bits_parameters`` with one scale for all.
-        fuse_relu: Let a layer whose output feeds one ReLU apply it to its accumulator, and cut outputs' ranges to what
-            their one consumer keeps. False: every module has the range that the statistics give it.
+        per_channel_wts: Whether every output feature of a Linear has a scale of its own for its weights.
+        model_activation_stats: Calibrated statistics or the path of their file. None is dynamic quantization: ranges
+            are found on every forward.
+        clip_n_stds: How many standard deviations ``ClipMode.N_STD`` keeps on each side of the mean.
+        scale_approx_mult_bits: Bits of the multipliers that, with a shift, stand for scales; None for exact scales.
+        save_fp_weights: Whether each Linear keeps its float weight and bias beside the integers, as ``float_weight``
+            and ``float_bias``.
+        scaled_concat: Whether the inputs of a concatenation that feeds one Linear keep a scale each. The Linear folds
+            these scales into its weight.
+        per_channel_acts: Whether every output feature of a Linear that applies a ReLU has a scale of its own, where
+            its reader can fold these scales: a Linear, or a concatenation whose inputs keep their scales.
+        embedding_bits: Bits of embedding tables with a scale for every row, 4 or 8. None: they have ``bits_parameters``
+            and one scale.
+        fuse_relu: Whether a layer that feeds one ReLU applies it to its accumulator, and outputs' ranges are clipped to
+            what their only consumer keeps. Otherwise every module has the range that the statistics give it.
+
+    Attributes:
+        statistics: The calibrated statistics, once prepared with the clipped ranges; None for dynamic quantization.
+        graph: The places of the model's modules in its graph, by name; this and all below once prepared.
+        modules: The modules by name, as they are in the prepared model.
+        activations: By name, how the activations of a module are quantized; None where they stay in float.
+        weights: By name, how the weights of a module are quantized; None where they stay in float.
+        fused: The names of the modules that apply the ReLU that they feed.
 
     Raises:
-        InputError: an argument out of its range.
+        InputError: an argument is out of its range.
         OSError: the statistics file cannot be read.
     """
 
@@ -140,7 +151,7 @@ class PostTrainLinearQuantizer:
         elif model_activation_stats is not None:
             check_statistics(model_activation_stats, "model_activation_stats")
         self.statistics: Statistics | None = model_activation_stats
-        self._calibrated = self.statistics  # as they were before ``prepare_model`` cuts them
+        self._calibrated = self.statistics  # as they are before ``prepare_model`` clips them
         self.save_fp_weights = save_fp_weights
         self.scaled_concat = scaled_concat
         self.per_channel_acts = per_channel_acts
@@ -152,22 +163,22 @@ class PostTrainLinearQuantizer:
         """Return the quantizer that the flags of ``add_post_train_quant_args`` ask for.
 
         Args:
-            model: In evaluation mode.
+            model: The model, in evaluation mode.
             args: The flags' values: a ``PostTrainFlags``, or what argparse returns.
 
         Raises:
-            InputError: naming the flag, or the file and what is wrong in it.
+            InputError: a flag or the configuration file is wrong; the message names it.
         """
         if not args.qe_config_file:
             return cls(model, **arguments_of_flags(args, leaf_modules(model)))
         arguments = arguments_of_file(args, cls.__name__)
         try:
             return cls(model, **arguments)
-        except TypeError as error:  # an argument that the constructor does not have
+        except TypeError as error:  # The file has an argument that the constructor does not have.
             raise InputError(f"--qe-config-file: {args.qe_config_file}: {error}") from error
 
     def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments, but for the model and the statistics."""
+        """Return the constructor's arguments, without the model and the statistics."""
         request = self.default
         return {
             "bits_activations": request.bits_activations,
@@ -187,29 +198,29 @@ class PostTrainLinearQuantizer:
         }
 
     def of_one_layer(self, model: nn.Module, layer: str) -> PostTrainLinearQuantizer:
-        """What quantizes one layer as this quantizer does, on its statistics, and leaves all others in float.
+        """Return a quantizer that quantizes one layer as this one does and leaves all others in float.
 
         Args:
-            model: In float, of the same structure.
-            layer: Its name.
+            model: A float model of the same structure.
+            layer: The layer's name.
         """
         overrides = {re.escape(layer): changes_of(layer, self.overrides), ".*": IN_FLOAT}
         arguments = self.arguments() | {"overrides": overrides}
         return type(self)(model, model_activation_stats=self._calibrated, **arguments)
 
     def prepare_model(self, dummy_input: Any) -> None:
-        """Replace the model's modules by quantized ones. A forward changes nothing afterwards.
+        """Replace the model's modules by their quantized forms, which no forward changes afterwards.
 
         Args:
             dummy_input: Arguments of the model's forward, for tracing it.
 
         Raises:
-            InputError: a layer's settings are out of range, or statistics that they need are missing.
+            InputError: a layer's settings are out of their range, or statistics that they need are missing.
             ValueError: the forward cannot be traced, or calls a module more than once.
         """
         self.model.eval()
         device = next(self.model.parameters()).device
-        self.model.cpu()  # where statistics are; and parameters then are the same wherever the model runs
+        self.model.cpu()  # Statistics are there; and so the parameters are the same wherever the model runs later.
         self.graph = module_graph(self.model, dummy_input)
         self.modules = {name: self.model.get_submodule(name) for name in self.graph}
         repeated = [name for name, call in self.graph.items() if call.calls > 1]
@@ -218,11 +229,11 @@ class PostTrainLinearQuantizer:
         requests = requests_by_layer(self.default, self.overrides, leaf_modules(self.model))
         self.activations = {name: requests[name].activations(name) for name in self.graph}
         self.weights = {name: requests[name].weights(name) for name in self.graph}
-        self._check_ranges()
+        self._check_histograms()
         self.widths = output_widths(self.graph, self.modules)
-        self.by_row: set[str] = set()  # modules whose outputs carry parameters of their own for every row
+        self.by_row: set[str] = set()  # The modules whose outputs have parameters of their own for every row.
         self.fused = self._fuse_and_clip() if self.fuse_relu else set()
-        carried: dict[str | None, QuantParams | None] = {}
+        carried: dict[str | None, QuantParams | None] = {}  # By module, the fixed parameters of its output.
         for name, call in self.graph.items():
             replacement = self._quantized(name, call, carried)
             if replacement is not None:
@@ -231,10 +242,11 @@ class PostTrainLinearQuantizer:
 
     @property
     def dynamic(self) -> bool:
-        """Whether ranges are found on every forward, so that a row's result depends on its whole batch."""
+        """Whether ranges are found on every forward, so that the result of a row depends on its whole batch."""
         return self.statistics is None and any(self.activations.values())
 
-    def _check_ranges(self) -> None:
+    def _check_histograms(self) -> None:
+        """Raise an ``InputError`` where a clip mode needs histograms and there are no statistics."""
         for name, activations in self.activations.items():
             if self.statistics is None and activations and activations.clip.of_histogram:
                 raise InputError(
@@ -243,7 +255,11 @@ class PostTrainLinearQuantizer:
                 )
 
     def _fuse_and_clip(self) -> set[str]:
-        """Cut statistics to what consumers keep; the names of the modules that take over their ReLU."""
+        """Clip statistics to what consumers keep, and make fused ReLUs identities.
+
+        Returns:
+            The names of the modules that apply the ReLU that they feed.
+        """
         bounds = {
             name: bound
             for name, bound in consumer_bounds(self.graph, self.modules).items()
@@ -259,6 +275,7 @@ class PostTrainLinearQuantizer:
         return set(fused)
 
     def _takes_relu(self, name: str, consumer: str) -> bool:
+        """Return whether a module applies its only consumer, which then must be a ReLU, to its accumulator."""
         accumulates = not isinstance(self.modules[name], (nn.Embedding, *PASS_THROUGH))
         floats = self.statistics is None and isinstance(self.modules[name], ELEMENTWISE)
         return isinstance(self.modules[consumer], nn.ReLU) and accumulates and not floats
@@ -270,7 +287,13 @@ class PostTrainLinearQuantizer:
     def _quantized(
         self, name: str, call: ModuleCall, carried: dict[str | None, QuantParams | None]
     ) -> nn.Module | None:
-        """A module's quantized form, None where it stays; ``carried`` learns what its output carries."""
+        """Return the quantized form of a module; None where the module stays.
+
+        Args:
+            name: The module's name.
+            call: The module's place in the graph.
+            carried: By module, the fixed parameters that its output carries. Those of this module are added.
+        """
         module, activations, weights = self.modules[name], self.activations[name], self.weights[name]
         if isinstance(module, PASS_THROUGH):
             carried[name] = carried.get(call.inputs[0])
@@ -281,7 +304,7 @@ class PostTrainLinearQuantizer:
             self.by_row.add(name)
             return RowQuantizedEmbedding(module, self.embedding_bits, weights.mode)
         if isinstance(module, nn.Embedding) and weights:
-            embedding = QuantizedEmbedding(module, self._table_params(name, module, weights))
+            embedding = QuantizedEmbedding(module, params_of_table(self.statistics, name, module, weights))
             carried[name] = embedding.params
             return embedding
         if activations is None:
@@ -301,11 +324,13 @@ class PostTrainLinearQuantizer:
         weights: WeightSettings | None,
         carried: Mapping[str | None, QuantParams | None],
     ) -> QuantizedModule:
+        """Return the form of a module whose activations are quantized; arguments as for ``_quantized``."""
         fused = name in self.fused
         inputs, output = None, None
         if self.statistics is not None:
             inputs = self._input_params(name, module, activations, carried)
-            output = self._params(name, None, activations, fused, self._has_scale_per_channel(name))
+            columns = self.widths[name] if self._has_scale_per_channel(name) else None
+            output = params_of_activations(self.statistics, name, None, activations, fused, columns)
             if self._keeps_scales(name):
                 widths = [self.widths[source] for source in self.graph[name].inputs]
                 return ScaledConcat(activations, inputs, params_of_columns(inputs, widths))
@@ -335,18 +360,21 @@ class PostTrainLinearQuantizer:
         activations: ActivationSettings,
         carried: Mapping[str | None, QuantParams | None],
     ) -> list[QuantParams | None]:
-        """Of every input: what it carries, None where that differs from row to row, or else from its statistics."""
+        """Return the parameters of every input of a module.
+
+        They are those that the input carries, or else those by its statistics; None where every row has its own.
+        """
         if isinstance(module, nn.Embedding):
             return []  # its input is an index
         return [
             None
             if source in self.by_row
-            else carried.get(source) or self._params(name, position, activations, half_range=False)
+            else carried.get(source) or params_of_activations(self.statistics, name, position, activations)
             for position, source in enumerate(self.graph[name].inputs)
         ]
 
     def _keeps_scales(self, name: str) -> bool:
-        """Whether a module is a concatenation whose inputs keep their scales: its one consumer can fold them."""
+        """Return whether a module is a concatenation whose inputs keep their scales: its only reader can fold them."""
         module, call = self.modules[name], self.graph[name]
         consumer = self._only_consumer(name)
         return (
@@ -360,55 +388,34 @@ class PostTrainLinearQuantizer:
         )
 
     def _has_scale_per_channel(self, name: str) -> bool:
-        """Whether a module is a Linear that applies its ReLU, and what reads that can fold its columns' scales."""
+        """Return whether a module has a scale for every column of its output.
+
+        It must be a Linear that applies a ReLU, with one reader that can fold these scales.
+        """
         if not (self.per_channel_acts and name in self.fused and _is_linear(self.modules[name])):
             return False
         reader = self._only_consumer(self._only_consumer(name))
         return reader is not None and (_is_linear(self.modules[reader]) or self._keeps_scales(reader))
 
     def _only_consumer(self, name: str) -> str | None:
-        """The one module that reads a module's output; None where there are several, or other uses."""
+        """Return the only reader of a module's output; None where there are several, or it is no module."""
         consumers = self.graph[name].consumers
         return consumers[0] if len(consumers) == 1 else None
 
-    def _params(
-        self,
-        name: str,
-        position: int | None,
-        activations: ActivationSettings,
-        half_range: bool,
-        by_column: bool = False,
-    ) -> QuantParams:
-        keys = required_statistics(activations.clip, activations.mode.symmetric)
-        statistics = tensor_statistics(
-            self.statistics, name, position, (*keys, "column_max") if by_column else keys
-        )
-        with _statistics_of(name):
-            column_max = columns_of_text(statistics["column_max"]) if by_column else None
-            if by_column and len(column_max) != self.widths[name]:
-                raise ValueError(f"column_max of {len(column_max)} columns, not {self.widths[name]}")
-            return activations.params(statistics, half_range, column_max)
-
-    def _table_params(self, name: str, embedding: nn.Embedding, weights: WeightSettings) -> QuantParams:
-        """Of an embedding's table: over its calibrated outputs, or over all of it where there are none."""
-        if self.statistics is None:
-            low, high = embedding.weight.detach().aminmax()
-        else:
-            output = tensor_statistics(self.statistics, name, None, ("min", "max"))
-            low, high = torch.tensor([output["min"]]), torch.tensor([output["max"]])
-        with _statistics_of(name):
-            return params_of_range(low.reshape(1), high.reshape(1), weights.bits, weights.mode)
-
     def save(self, directory: str | os.PathLike) -> None:
-        """Leave in a directory what ``prepare_model`` made: ranges as used, and every layer's parameters."""
-        (Path(directory) / STATS_FILE).unlink(missing_ok=True)  # of an evaluation before, with other settings
+        """Write what ``prepare_model`` found into a directory: the clipped statistics and every layer's parameters."""
+        # An earlier evaluation with other settings may have left one.
+        (Path(directory) / PREPARED_STATS_FILE).unlink(missing_ok=True)
         if self.statistics is not None:
-            save_statistics(self.statistics, Path(directory) / STATS_FILE)
+            save_statistics(self.statistics, Path(directory) / PREPARED_STATS_FILE)
         with atomic_write(Path(directory) / PARAMS_FILE) as temporary:
             temporary.write_text(yaml.safe_dump(self.describe(), sort_keys=False))
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """By quantized layer: type, bits, modes, clipping, and its scales and zero points where they are scalars."""
+        """Return what every quantized layer is, by its name.
+
+        An entry has the layer's type, bits, modes and clipping, and its scales and zero points where they are scalars.
+        """
         result = {}
         for name, module in self.modules.items():
             if isinstance(module, QuantizedModule | QuantizedTable | WeightQuantizedLinear):
@@ -416,6 +423,7 @@ class PostTrainLinearQuantizer:
         return result
 
     def _describe(self, name: str, module: nn.Module) -> dict[str, Any]:
+        """Return the entry of a quantized layer in ``describe``, without its type."""
         entry: dict[str, Any] = {}
         activations, weights = self.activations[name], self.weights[name]
         if isinstance(module, QuantizedModule):
@@ -439,19 +447,11 @@ class PostTrainLinearQuantizer:
         return entry | scalars
 
 
-@contextmanager
-def _statistics_of(layer: str) -> Iterator[None]:
-    """Turn a range that quantization cannot use into an error that names the layer it is of."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"--qe-stats-file: layer {layer}: {error}") from error
-
-
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
 def _check_range(flag: str, value: object, least: int, greatest: int) -> None:
+    """Raise an ``InputError`` unless a value is a whole number in [least, greatest]."""
     if type(value) is not int or not least <= value <= greatest:
         raise InputError(f"{flag}: {value!r}; it takes {least} to {greatest}")

@@ -1,4 +1,4 @@
-"""A quantized model as plain values, integers, scales and settings: made again without its float weights."""
+"""Quantized models as plain values: integers, scales and settings, enough to restore them without float weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distiller.system.files import atomic_write
 
 
 def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
-    """What ``restore`` makes a prepared model of: tensors, texts and numbers."""
+    """Return what ``restore`` needs to make a prepared model again: a map of tensors, texts and numbers."""
     return {
         "state_dict": quantizer.model.state_dict(),
         "statistics": _without_distributions(quantizer.statistics),
@@ -30,15 +30,15 @@ def content_of(quantizer: PostTrainLinearQuantizer) -> dict[str, Any]:
 
 
 def restore(model: nn.Module, content: Mapping[str, Any], dummy_input: Any) -> PostTrainLinearQuantizer:
-    """Make a prepared model again.
+    """Return the quantizer of a saved model, with the model prepared as it was.
 
     Args:
-        model: Of the same structure, in float; whatever its weights are, they are replaced.
+        model: A float model of the same structure, changed in place. Its weights do not matter: they are replaced.
         content: What ``content_of`` returned.
-        dummy_input: As for ``PostTrainLinearQuantizer.prepare_model``.
+        dummy_input: Arguments of the model's forward, for tracing it.
 
     Raises:
-        InputError: the parts do not fit each other, or hold what no quantized model has.
+        InputError: the parts of the content do not fit each other, or hold what no quantized model has.
     """
     try:
         statistics = content["statistics"]
@@ -64,13 +64,13 @@ def save_config(
     """Write a quantizer's settings as a ``--qe-config-file``.
 
     Args:
-        quantizer: Of the settings.
-        statistics: The file of its statistics.
-        path: What to write.
-        more: What else to say there, beside ``quantizers``.
+        quantizer: The quantizer whose settings are written.
+        statistics: The path of the quantizer's statistics, which the file will refer to.
+        path: The file to write.
+        more: Further entries of the file, beside ``quantizers``.
     """
     arguments = _plain(quantizer.arguments())
-    del arguments["save_fp_weights"]  # which a flag says
+    del arguments["save_fp_weights"]  # It is a flag's: the file may not have it.
     entry = {"class": type(quantizer).__name__} | arguments
     entry["model_activation_stats"] = str(Path(statistics).resolve())
     with atomic_write(path) as temporary:
@@ -78,9 +78,10 @@ def save_config(
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Raise an ``InputError`` unless a prepared model's tensors are such as preparing makes.
+    """Raise an ``InputError`` unless a prepared model's tensors hold only values that preparing can give them.
 
-    Floats are finite, scales above 0, zero points whole numbers whose range contains 0, and integers in their range.
+    Floats must be finite, scales above 0, zero points whole numbers with 0 in the range that they stand for, and the
+    weights' integers in their range.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -100,7 +101,10 @@ def check_tensors(model: nn.Module) -> None:
 
 
 def _without_distributions(statistics: Statistics | None) -> Statistics | None:
-    """Statistics whose histograms have one bin and columns' maxima are 0: what was found in them is in the tensors."""
+    """Return a copy of statistics with histograms of a single bin and columns' maxima of 0.
+
+    A restored model does not need them: the ranges that were found in them are in its tensors.
+    """
     result = copy.deepcopy(statistics)
     for entry in (result or {}).values():
         for tensor in (*entry.get("inputs", {}).values(), entry.get("output", {})):
@@ -114,14 +118,14 @@ def _without_distributions(statistics: Statistics | None) -> Statistics | None:
 
 
 def _plain(value: object) -> object:
-    """Settings with members of enumerations by their values."""
+    """Return settings with members of enumerations replaced by their values."""
     if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
     return value.value if isinstance(value, Enum) else value
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is made of maps, texts and numbers alone."""
+    """Return whether a value is made of maps, texts, numbers and None alone."""
     if isinstance(value, Mapping):
         return all(_is_plain(part) for pair in value.items() for part in pair)
     return value is None or isinstance(value, str | int | float)

@@ -1,7 +1,10 @@
-"""Calibrated statistics of activations: the YAML file, and what fusing and clipping make of them.
+"""Calibrated statistics of activations: their YAML file, and how they are clipped to what a consumer keeps.
 
-A file has an entry per leaf module: ``inputs``, by position, and ``output``, each a map of min, max, avg_min,
-avg_max, mean, std, b, shape and, of floating point values, column_max (a text of numbers) and histogram.
+A file has an entry for every leaf module, with the statistics of its ``inputs``, by position, and of its ``output``.
+Those of a tensor are a map of min, max, avg_min, avg_max, mean, std, b, shape and, for floating point values,
+column_max (a text of numbers) and histogram.
+
+Shapes: C columns.
 """
 
 from __future__ import annotations
@@ -26,21 +29,23 @@ from distiller.untrusted.yaml import read_yaml
 Statistics = dict[str, dict[str, Any]]
 
 NUMBERS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
-# What the consumer makes irrelevant: a ReLU negative values, the others what they saturate.
+# By consumer, the bounds outside of which its input makes next to no difference: a ReLU turns negative values into 0,
+# and the others saturate.
 ACTIVATION_BOUNDS = {nn.ReLU: (0.0, math.inf), nn.Sigmoid: (-6.0, 6.0), nn.Tanh: (-4.0, 4.0)}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FLAG = "--qe-stats-file"
-# A table's largest weight may be this many times its largest calibrated one before a warning. A model of ml-1m,
-# calibrated on a tenth of its users, had 2.03 in mf_user_embed.
+# A warning is due when a table's largest weight is more than this many times its largest calibrated one. In a model of
+# ml-1m that was calibrated on a tenth of the users, mf_user_embed reached 2.03 times.
 FOREIGN_FACTOR = 4.0
 
 
 def load_statistics(path: str | os.PathLike) -> Statistics:
-    """Read a statistics file, with the safe YAML loader.
+    """Return the content of a statistics file, which is read with the safe YAML loader.
 
     Raises:
-        InputError: not YAML, or not of this form; the message names file and layer.
-        OSError: it cannot be read.
+        InputError: the file is not YAML or does not have the form of a statistics file; the message names the file
+            and the layer.
+        OSError: the file cannot be read.
     """
     content = read_yaml(path, FLAG)
     check_statistics(content, path)
@@ -48,7 +53,10 @@ def load_statistics(path: str | os.PathLike) -> Statistics:
 
 
 def check_statistics(content: object, where: object) -> None:
-    """Raise an ``InputError`` that names ``where`` and the layer unless ``content`` has a statistics file's form."""
+    """Raise an ``InputError`` unless ``content`` has the form of a statistics file.
+
+    The message names ``where``, which is the file or the argument, and the layer.
+    """
     if not isinstance(content, dict) or not content:
         raise InputError(f"{FLAG}: {where}: no map of layers")
     for layer, entry in content.items():
@@ -58,7 +66,7 @@ def check_statistics(content: object, where: object) -> None:
 
 
 def _problem(entry: object) -> str | None:
-    """What is wrong with a layer's entry, if anything."""
+    """Return what is wrong with the entry of a layer; None if nothing is."""
     if not isinstance(entry, dict) or not isinstance(entry.get("inputs", {}), dict):
         return "not a map of inputs and output"
     tensors = {f"inputs: {i}": tensor for i, tensor in entry.get("inputs", {}).items()}
@@ -79,15 +87,15 @@ def _problem(entry: object) -> str | None:
 
 
 def text_of_columns(values: Tensor) -> str:
-    """(C,) float32 as a text that ``columns_of_text`` reads back without loss."""
+    """Return (C,) float32 values as a text that ``columns_of_text`` reads back without loss."""
     return " ".join(f"{value:.9g}" for value in values.tolist())
 
 
 def columns_of_text(text: object) -> Tensor:
-    """(C,) float32 from a text of C numbers.
+    """Return the C numbers of a text as (C,) float32.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a text of finite numbers, or an empty one.
     """
     try:
         values = torch.tensor([float(number) for number in str(text).split()])
@@ -99,10 +107,15 @@ def columns_of_text(text: object) -> Tensor:
 
 
 def save_statistics(statistics: Statistics, path: str | os.PathLike, comment: str = "") -> None:
-    """Write a statistics file in block style, ``comment``'s lines at its top.
+    """Write a statistics file in block style.
+
+    Args:
+        statistics: The statistics of a model.
+        path: The file to write.
+        comment: Lines to put at the top of the file, as YAML comments.
 
     Raises:
-        InputError: it could not be read back: a number is not finite.
+        InputError: the file could not be read back, because a number is not finite.
     """
     check_statistics(statistics, path)
     head = "".join(f"# {line}\n" for line in comment.splitlines())
@@ -113,7 +126,13 @@ def save_statistics(statistics: Statistics, path: str | os.PathLike, comment: st
 def tensor_statistics(
     statistics: Statistics, layer: str, position: int | None, keys: tuple[str, ...]
 ) -> dict:
-    """The statistics of a layer's input ``position``, or of its output where that is None.
+    """Return the statistics of one tensor of a layer.
+
+    Args:
+        statistics: The statistics of the whole model.
+        layer: The layer's name.
+        position: The position of one of the layer's inputs; None for its output.
+        keys: The statistics that must be there.
 
     Raises:
         InputError: the layer, the tensor or one of ``keys`` is missing.
@@ -137,15 +156,15 @@ def _input(entry: Mapping[str, Any], position: int) -> dict | None:
 
 
 def clip_to_consumers(statistics: Statistics, bounds: Mapping[str, tuple[str, float, float]]) -> Statistics:
-    """Statistics in which outputs are cut to what their consumer keeps; the argument is left alone.
+    """Return a copy of the statistics in which outputs are clipped to what their consumers keep.
 
     Args:
-        statistics: Of the whole model.
-        bounds: By producer's name: its only consumer's name, and the bounds that consumer keeps.
+        statistics: The statistics of the whole model, which are left unchanged.
+        bounds: By the producer's name, the name of its only consumer and the bounds that this consumer keeps.
 
     Returns:
-        A copy. min, max, avg_min, avg_max and the histogram of each producer's output lie within the bounds, and
-        the consumer's input 0 is a copy of it.
+        The copy. min, max, avg_min, avg_max and the histogram of each producer's output lie within the bounds, and
+        the statistics of the consumer's input 0 are the same.
     """
     result = copy.deepcopy(statistics)
     for producer, (consumer, low, high) in bounds.items():
@@ -163,7 +182,15 @@ def clip_to_consumers(statistics: Statistics, bounds: Mapping[str, tuple[str, fl
 def consumer_bounds(
     graph: Mapping[str, ModuleCall], modules: Mapping[str, nn.Module]
 ) -> dict[str, tuple[str, float, float]]:
-    """By name, the modules whose one consumer is a ReLU, a sigmoid or a tanh, with it and what it keeps."""
+    """Return the modules whose only consumer is a ReLU, a sigmoid or a tanh.
+
+    Args:
+        graph: The places of the modules in the model's graph, by name.
+        modules: The modules, by the same names.
+
+    Returns:
+        By the module's name, the consumer's name and the bounds that it keeps.
+    """
     result = {}
     for name, call in graph.items():
         consumer = call.consumers[0] if len(call.consumers) == 1 else None
@@ -175,9 +202,10 @@ def consumer_bounds(
 
 
 def foreign_statistics(model: nn.Module, statistics: Statistics) -> str | None:
-    """Why statistics plainly belong to another model, if they do: a shape that differs, or a table out of range.
+    """Return why statistics plainly belong to another model; None where they may belong to this one.
 
-    A model's own tables can exceed their calibrated range somewhat, since calibration sees a share of the users.
+    A layer's outputs have another width, or an embedding table reaches far beyond its calibrated range. A model's own
+    tables may exceed that range somewhat, since calibration sees only a share of the users.
     """
     for name, module in model.named_modules():
         output = statistics.get(name, {}).get("output", {})

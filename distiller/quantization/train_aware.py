@@ -1,8 +1,10 @@
-"""Quantization-aware training: a forward that rounds as integers would, a backward that does not see it.
+"""Quantization-aware training: the forward pass rounds as integers would, the backward pass ignores that.
 
-Weights stay float parameters that the optimizer updates; every forward uses what they round to. Gradients pass
-the rounding unchanged (the straight-through estimator, Bengio et al., arXiv:1308.3432) and stop where a value is
-clamped (Jacob et al., arXiv:1712.05877, section 3).
+Weights stay float parameters that the optimizer updates; every forward computes with their rounded values. Gradients
+pass through the rounding unchanged (the straight-through estimator, Bengio et al., arXiv:1308.3432) and are 0 where a
+value is clamped (Jacob et al., arXiv:1712.05877, section 3).
+
+Shapes: M output features.
 """
 
 from __future__ import annotations
@@ -19,30 +21,31 @@ from distiller.graph import leaf_modules
 from distiller.modules import Concat, EltwiseMult
 from distiller.quantization.clipping import ClipMode
 from distiller.quantization.linear import LinearQuantMode, QuantParams, fake_quantize, params_of_range
-from distiller.quantization.settings import Request, modes, requests_by_layer
-from distiller.quantization.wrappers import WeightSettings, by_row
+from distiller.quantization.settings import Request, WeightSettings, modes, requests_by_layer
+from distiller.quantization.wrappers import by_row
 from distiller.system.cli import InputError
 
-ACTIVATIONS = (nn.ReLU, Concat, EltwiseMult)  # beside Linear, whose output is quantized too
-DEFAULT_EMA_DECAY = 0.999  # a range follows some 1000 batches, an epoch of a small set
+ACTIVATIONS = (nn.ReLU, Concat, EltwiseMult)  # The modules without weights whose outputs are quantized.
+DEFAULT_EMA_DECAY = 0.999  # A range then follows some 1000 batches, which is an epoch of a small data set.
 
 
 def straight_through(x: Tensor, params: QuantParams) -> Tensor:
-    """``fake_quantize`` with the gradient of the identity."""
+    """Return ``x`` quantized and dequantized, with the gradient of the identity."""
     value = x.detach()
     return x + (fake_quantize(value, params) - value)
 
 
 class TrackedRange(nn.Module):
-    """The moving range of a tensor: exponential averages of its batches' min and max, bias corrected.
+    """The moving range of a tensor: exponential moving averages of the batches' min and max, with bias correction.
 
-    e = d e + (1 - d) v and tracked = e / (1 - d^t), as Adam's moments (Kingma and Ba, section 3). It moves in
-    training mode only; before its first batch it leaves tensors as they are.
+    With v the min or the max of batch t, e = d e + (1 - d) v and tracked = e / (1 - d^t), like Adam's moments (Kingma
+    and Ba, arXiv:1412.6980, section 3). The range moves in training mode only. Before its first batch, evaluation
+    leaves tensors as they are.
 
     Args:
-        bits: Of the quantized tensor.
-        mode: Of quantization.
-        decay: d.
+        bits: The width of the integers.
+        mode: How the range is mapped to integers.
+        decay: The decay d of the averages.
     """
 
     def __init__(self, bits: int, mode: LinearQuantMode, decay: float):
@@ -53,7 +56,7 @@ class TrackedRange(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` clamped to the range and rounded to its levels."""
+        """Return ``x`` clamped to the range and rounded to its levels; in training mode, move the range first."""
         if self.training:
             low, high = torch.aminmax(x.detach())
             self.low.lerp_(low, 1 - self.decay)
@@ -66,7 +69,7 @@ class TrackedRange(nn.Module):
         return straight_through(clamped, params_of_range(low, high, self.bits, self.mode))
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """The range as it stands, (1,) float32 each; NaN before the first batch."""
+        """Return the lower and the upper bound, (1,) float32 each; NaN before the first batch."""
         correction = 1 - self.decay ** self.batches.double()
         low, high = (bound / correction.float() for bound in (self.low, self.high))
         if self.mode.symmetric:
@@ -76,9 +79,15 @@ class TrackedRange(nn.Module):
 
 
 class RoundedLinear(nn.Linear):
-    """``nn.Linear`` that computes with its rounded weights, and quantizes its output where asked.
+    """An ``nn.Linear`` that computes with rounded weights and a rounded bias, and quantizes its output.
 
     It takes over the parameters of ``linear``, so that an optimizer and a checkpoint see no difference.
+
+    Args:
+        linear: The float layer.
+        weights: How the weights are rounded; None to leave them in float.
+        bits_bias: Bits of the bias; 0 or None to leave it in float.
+        output: What quantizes the output: a ``TrackedRange``, or ``nn.Identity`` to leave it in float.
     """
 
     def __init__(
@@ -91,13 +100,14 @@ class RoundedLinear(nn.Linear):
         self.range = output
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's quantized output."""
         weight = self.weight
         if self.weights:
             weight = straight_through(weight, by_row(self.weights.params(weight)))
         return self.range(F.linear(x, weight, self.rounded_bias()))
 
     def rounded_bias(self) -> Tensor | None:
-        """(M,) the bias as it is computed with."""
+        """Return the bias that the layer computes with, (M,); None where it has none."""
         if self.bias is None or not self.bits_bias:
             return self.bias
         reach = self.bias.detach().abs().max().reshape(1)
@@ -106,7 +116,7 @@ class RoundedLinear(nn.Linear):
 
 
 class RoundedEmbedding(nn.Module):
-    """``nn.Embedding`` that hands out rounded rows. It takes over the table of ``embedding``."""
+    """An ``nn.Embedding`` whose rows are rounded. It takes over the table of ``embedding`` as its parameter."""
 
     def __init__(self, embedding: nn.Embedding, weights: WeightSettings):
         super().__init__()
@@ -114,12 +124,13 @@ class RoundedEmbedding(nn.Module):
         self.weights = replace(weights, per_channel=False)
 
     def forward(self, index: Tensor) -> Tensor:
-        # Rounding the rows handed out is rounding the table, at the cost of a batch.
+        """Return the rounded rows at ``index``."""
+        # Rounding the rows that were read gives what rounding the whole table gives, at the cost of one batch.
         return straight_through(F.embedding(index, self.weight), self.weights.params(self.weight))
 
 
 class RoundedOutput(nn.Module):
-    """A module without weights whose output is quantized."""
+    """A module without weights, followed by the quantization of its output."""
 
     def __init__(self, module: nn.Module, output: TrackedRange):
         super().__init__()
@@ -127,25 +138,27 @@ class RoundedOutput(nn.Module):
         self.range = output
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Return the module's quantized output."""
         return self.range(self.module(*inputs))
 
 
 class NCFQuantAwareTrainQuantizer:
-    """Prepares a NeuMF for quantization-aware training.
+    """A quantizer that prepares a NeuMF for quantization-aware training.
 
     Args:
-        model: In float; changed in place by ``prepare_model``.
-        bits_activations: 1 .. 16; 0 or None leaves outputs in float.
-        bits_weights: Likewise for weights of Linear and Embedding; an embedding's table has one range.
-        bits_bias: Likewise for biases, up to 32, symmetric over the whole bias.
+        model: The float model, which ``prepare_model`` changes in place.
+        bits_activations: Bits of outputs, 1 .. 16; 0 or None leaves them in float.
+        bits_weights: Bits of weights of Linear and Embedding, 1 .. 16; 0 or None leaves them in float. An embedding
+            table has one range.
+        bits_bias: Bits of biases, 1 .. 32, symmetric over the whole bias; 0 or None leaves them in float.
         mode: A ``LinearQuantMode``, its name, or a map of both ``activations`` and ``weights``.
-        ema_decay: Of the tracked ranges, in (0, 1).
-        per_channel_wts: One range per output feature of a Linear.
-        overrides: By a regular expression of whole layer names, changes to ``bits_activations``,
-            ``bits_weights`` or ``mode``. The first that matches counts.
+        ema_decay: The decay of the tracked ranges, in (0, 1).
+        per_channel_wts: Whether every output feature of a Linear has a range of its own for its weights.
+        overrides: By a regular expression that matches whole layer names, changes to ``bits_activations``,
+            ``bits_weights`` or ``mode``. The first expression that matches counts.
 
     Raises:
-        InputError: an argument out of its range.
+        InputError: an argument is out of its range.
     """
 
     def __init__(
@@ -174,7 +187,7 @@ class NCFQuantAwareTrainQuantizer:
         self.overrides = overrides or {}
 
     def prepare_model(self) -> None:
-        """Replace the model's layers by ones that round. Its parameters stay the same objects, by the same names.
+        """Replace the model's layers by ones that round. Its parameters stay the same objects under the same names.
 
         Raises:
             InputError: a layer's settings are out of range.
@@ -186,6 +199,7 @@ class NCFQuantAwareTrainQuantizer:
                 self.model.set_submodule(name, replacement.to(next(self.model.parameters()).device))
 
     def _rounded(self, name: str, module: nn.Module, request: Request) -> nn.Module | None:
+        """Return the form of a module that rounds; None where the module stays as it is."""
         activations, weights = request.activations(name), request.weights(name)
         output = (
             TrackedRange(activations.bits, activations.mode, self.ema_decay) if activations else nn.Identity()
@@ -200,12 +214,12 @@ class NCFQuantAwareTrainQuantizer:
 
 
 def is_quantization_aware(model: nn.Module) -> bool:
-    """Whether a model has been prepared for quantization-aware training."""
+    """Return whether a model has been prepared for quantization-aware training."""
     return any(
         isinstance(module, RoundedLinear | RoundedEmbedding | RoundedOutput) for module in model.modules()
     )
 
 
 def without_ranges(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The float model's part of a quantization-aware model's weights."""
+    """Return a quantization-aware model's state without its tracked ranges: that of the float model."""
     return {key: tensor for key, tensor in state_dict.items() if ".range." not in key}

@@ -1,4 +1,4 @@
-"""What the processor has instructions for."""
+"""The instruction sets of the processor."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def cpu_has(*capabilities: str) -> bool:
-    """Whether the processor has any of these, by PyTorch's names.
+    """Return whether the processor has any of these capabilities, by PyTorch's names for them.
 
-    Older releases of PyTorch cannot tell; what they cannot tell of is not assumed.
+    A capability that the installed release of PyTorch cannot report counts as absent.
     """
     known = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(name) for name in capabilities)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place under another name, then renamed."""
+"""Files that are either complete or absent: written under a temporary name, then renamed; and file digests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distiller.system.naming import errors_named
 
-PART = ".part"  # what the names of unfinished files end in
+PART = ".part"  # the end of the names of unfinished files
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     When the body raises, the temporary file is removed and ``path`` stays as it was.
 
     Raises:
-        OSError: the directory is missing, not writable or full; ``filename`` names ``path``.
+        OSError: the directory is missing, not writable or full; the error's ``filename`` is ``path``.
     """
     path = Path(path)
     try:
@@ -32,7 +32,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         yield Path(name)
-        # mkstemp makes files private; what is left behind should be as readable as any other file.
+        # mkstemp makes files private; the final file should be as readable as any other.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
@@ -41,7 +41,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(name, path)
         flush_directory(path.parent)
     except BaseException as error:
-        # Gone where the rename was done.
+        # After the rename the temporary name no longer exists.
         with suppress(FileNotFoundError):
             os.unlink(name)
         if isinstance(error, OSError):
@@ -50,28 +50,31 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def flush_directory(directory: Path) -> None:
-    """Flush a directory's names to disk, where the file system can: a rename is then there after a power cut."""
+    """Flush a directory's entries to disk, so that a rename in it survives a power cut.
+
+    A file system that cannot flush directories is left as it is.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that flush no directories
+        if error.errno != errno.EINVAL:  # the answer of file systems that cannot flush directories
             raise
     finally:
         os.close(descriptor)
 
 
 def remove_parts(directory: Path) -> None:
-    """Remove what killed processes left of unfinished files. Only where no other process is writing."""
+    """Remove the unfinished files that killed processes left; no other process may be writing there."""
     for path in directory.glob(f".*{PART}"):
         path.unlink(missing_ok=True)
 
 
 def file_digest(*paths: str | os.PathLike) -> str:
-    """SHA-256 of the files' bytes, one after the other, as ``sha256:`` and 64 hexadecimal digits.
+    """Return the SHA-256 of the files' bytes, one file after the other, as ``sha256:`` and 64 hexadecimal digits.
 
     Raises:
-        OSError: one cannot be read; ``filename`` names it.
+        OSError: a file cannot be read; the error's ``filename`` names it.
     """
     digest = hashlib.sha256()
     for path in paths:

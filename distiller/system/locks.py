@@ -1,4 +1,4 @@
-"""Locks between processes: files that the kernel unlocks when their holder ends, however it ends."""
+"""Locks between processes: locked files, which the kernel unlocks when the holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from pathlib import Path
 
 from distiller.system.naming import errors_named
 
-MAX_HOLDER = 300  # characters of a lock file's text that are shown
+MAX_HOLDER = 300  # characters of a lock file's text that a message shows
 
 
 class LockHeldError(Exception):
-    """Another process has the lock. The message says which: its number, machine, start and command line."""
+    """The error of a lock that another process holds; the message is its number, machine, start and command line."""
 
 
 @contextmanager
 def locked(path: Path, command: str, wait: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Hold the lock file at ``path`` alone. It goes when it is given back; one that a crash left holds nobody up.
+    """Hold the lock file at ``path`` within the context, and remove the file at its end.
+
+    A lock file that a crashed process left behind is not locked and delays nobody.
 
     Args:
-        path: In a directory that exists.
-        command: What the holder is doing, for whoever finds the lock taken.
-        wait: Called with the holder, when there is one, before waiting for it; by default nobody waits.
+        path: The lock file's path, in a directory that exists.
+        command: What this process is doing, for the message to other processes that find the lock held.
+        wait: Called with the holder's description before waiting for a lock that is held; without it, a lock that is
+            held is an error.
 
     Raises:
-        LockHeldError: another process holds it.
-        OSError: the file cannot be made, or locks do not work there; ``filename`` names it.
+        LockHeldError: another process holds the lock, and ``wait`` is None.
+        OSError: the file cannot be made, or its file system has no locks; the error's ``filename`` is ``path``.
     """
     with errors_named(path):
         descriptor = _acquire(path, wait)
@@ -42,12 +45,12 @@ def locked(path: Path, command: str, wait: Callable[[str], object] | None = None
             os.pwrite(descriptor, text.encode(errors="replace"), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile sees that it is gone
+        path.unlink(missing_ok=True)  # before unlocking: a process that has it open then sees that it is gone
         os.close(descriptor)
 
 
 def _acquire(path: Path, wait: Callable[[str], object] | None) -> int:
-    """The descriptor of the locked file, which is still the one at ``path``."""
+    """Lock the file at ``path`` and return its descriptor; try again if its last holder has removed it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -61,6 +64,7 @@ def _acquire(path: Path, wait: Callable[[str], object] | None) -> int:
 
 
 def _lock(descriptor: int, wait: Callable[[str], object] | None) -> None:
+    """Lock an open file; if another process holds the lock, wait for it or raise a ``LockHeldError``."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -73,7 +77,7 @@ def _lock(descriptor: int, wait: Callable[[str], object] | None) -> None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the file is not one that its last holder took away."""
+    """Return whether the open file is still the one at ``path``, which its last holder may have removed."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

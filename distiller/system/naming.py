@@ -1,4 +1,4 @@
-"""Files' names: in errors of open files, which do not have them, and as text where they have bytes that are none."""
+"""Names of files in messages: added to the errors of open files, and escaped where their bytes are no text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def errors_named(name: str | os.PathLike) -> Iterator[None]:
-    """Make an ``OSError`` name a file: ``filename`` is ``name``."""
+    """Raise any ``OSError`` from within the context anew with ``name`` as its ``filename``."""
     try:
         yield
     except OSError as error:
@@ -17,5 +17,8 @@ def errors_named(name: str | os.PathLike) -> Iterator[None]:
 
 
 def shown(name: str) -> str:
-    """A name as it can be printed and drawn: lone surrogates, Python's form of bytes that are no text, are escaped."""
+    """Return a name as it can be printed and drawn, with lone surrogates escaped.
+
+    Lone surrogates are how Python represents the bytes of a file's name that are not valid text.
+    """
     return name.encode(errors="backslashreplace").decode()

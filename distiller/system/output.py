@@ -1,4 +1,4 @@
-"""Standard output: its errors name it, and what it did not take is dropped without a second error at the end."""
+"""Standard output with errors that name it, and no second error at exit for text that could not be written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STDOUT = "standard output"
 
 
 class _Output:
-    """A text stream whose errors name standard output, and which is given names as they can be shown."""
+    """A wrapper of standard output whose errors name it, and which escapes names that cannot be shown."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -24,6 +24,7 @@ class _Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write the text; a character that the encoding lacks is an ``OSError`` too."""
         try:
             with errors_named(STDOUT):
                 return self._stream.write(shown(text))
@@ -32,18 +33,19 @@ class _Output:
             raise OSError(errno.EILSEQ, reason, STDOUT) from error
 
     def flush(self) -> None:
+        """Flush the stream."""
         with errors_named(STDOUT):
             self._stream.flush()
 
 
 @contextmanager
 def output_named() -> Iterator[None]:
-    """While it lasts, errors of standard output name it; at the end, also after ``--help``, all of it is written.
+    """Make errors of standard output name it within the context, and flush it at the end, also after ``--help``.
 
     Raises:
-        OSError: it cannot be written; ``filename`` is ``STDOUT``.
+        OSError: standard output cannot be written; the error's ``filename`` is ``STDOUT``.
     """
-    if sys.stdout is None:  # closed by whoever started this
+    if sys.stdout is None:  # closed by the parent process
         yield
         return
     output = _Output(sys.stdout)
@@ -57,7 +59,7 @@ def output_named() -> Iterator[None]:
 
 
 def drop_unwritten() -> None:
-    """Send to nowhere what standard output and error did not take, which Python would complain of once more."""
+    """Discard what standard output and error could not write, which Python would report once more at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: what must not be cut short is finished first, and a second signal ends the process at once."""
+"""SIGINT and SIGTERM: the first can wait until a step is finished, a second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come, as a ``KeyboardInterrupt`` says that SIGINT has."""
+    """The exception that SIGTERM raises, as SIGINT raises a ``KeyboardInterrupt``."""
 
 
 def interruption(number: int) -> KeyboardInterrupt:
-    """What a signal is raised as."""
+    """Return the exception that stands for a signal, SIGINT or SIGTERM."""
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 @contextmanager
 def sigterm_raised() -> Iterator[None]:
-    """While it lasts, SIGTERM raises ``Terminated``, so that what is half done is cleaned up."""
+    """Make SIGTERM raise ``Terminated`` within the context, so that unfinished work is cleaned up."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
@@ -35,12 +35,12 @@ def sigterm_raised() -> Iterator[None]:
 
 
 class DeferredSignals:
-    """While it lasts, the first SIGINT or SIGTERM is noted and not acted on; a second one ends the process at once.
+    """A context in which the first SIGINT or SIGTERM is only recorded, and a second ends the process at once.
 
     A signal that was ignored before stays ignored.
 
     Attributes:
-        received: The first signal; None so far.
+        received: The number of the first signal; None while there has been none.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class DeferredSignals:
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """While it lasts, the first signal is raised, also one that came before: of work that may be cut short."""
+        """Raise the first signal within this inner context, also if it came before: for work that may be cut short."""
         self._raising = True
         try:
             if self.received is not None:
@@ -71,11 +71,12 @@ class DeferredSignals:
             self._raising = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Record the signal, and leave the next one to the system, which ends the process."""
         self.received = number
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         if self._raising:
             raise interruption(number)
         with suppress(OSError):  # stderr may be closed
-            # Not by print, in the midst of which the signal may have come.
+            # Not by print, which the signal may have interrupted.
             os.write(2, b"\nFinishing the step and saving; a second signal ends at once.\n")

@@ -1,4 +1,4 @@
-"""Tables as text: delimited text read fast, with errors that name the file and the line; Markdown written."""
+"""Tables as text: delimited text, read fast and with errors that name file and line; and Markdown tables."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ def read_columns(
     header: bool = False,
     unsigned: frozenset[str] | set[str] = frozenset(),
 ) -> pa.Table:
-    """Read a table of numbers.
+    """Read a table of numbers from delimited text.
 
     Args:
-        path: The file. Empty lines in it are passed over.
-        delimiter: Between fields; of any length.
-        types: The columns' names and types, integer or floating, in the file's order.
-        header: Whether the first line is a header (which is not looked at).
+        path: The file. Empty lines in it are skipped.
+        delimiter: The text between two fields, of any length.
+        types: The columns' names and types, integer or floating point, in the file's order.
+        header: Whether the first line is a header, which is skipped unread.
         unsigned: The columns in which a negative number is an error.
 
     Raises:
-        InputError: naming file and line, for a row of another length, a field that is not a number of
-            its type, or a negative number where there should be none; or the file holds no row.
+        InputError: a row has another number of fields, a field is not a finite number of its type, or a number is
+            negative in an ``unsigned`` column (the message names file and line); or the file holds no row.
+        OSError: the file cannot be read; the error's ``filename`` is ``path``.
     """
     separator = delimiter
     with ExitStack() as stack:
         stack.enter_context(errors_named(path))
-        # Not the file's name, by which Arrow would unpack it.
+        # An open file and not its name: Arrow would decompress a file whose name ends in .gz.
         source: BinaryIO = stack.enter_context(open(path, "rb"))
         # Arrow's delimiter is one character; the two-character one of ml-1m is replaced in memory.
         if len(delimiter) > 1:
@@ -83,7 +84,11 @@ def first_error(
     header: bool,
     unsigned: frozenset[str] | set[str],
 ) -> InputError | None:
-    """The first bad line of a file that Arrow refused, line by line: slow, and only run on bad input."""
+    """Return the error of a file's first bad line, or None if all lines are good.
+
+    The arguments are those of ``read_columns``. Reading line by line is slow, and only done for a file that is known to
+    be bad.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             content = line.rstrip(b"\r\n")
@@ -100,12 +105,13 @@ def first_error(
 
 
 def _fault(field: bytes, kind: pa.DataType, unsigned: bool) -> str | None:
+    """Return what is wrong with a field's text as a number of its type; None if nothing is."""
     if pa.types.is_integer(kind):
         if not WHOLE_NUMBER.fullmatch(field):
             return "not a whole number"
         if unsigned and field.startswith(b"-"):
             return "negative"
-        # Python reads no numbers of thousands of digits.
+        # Python refuses to read integers of more than some thousand digits.
         return "too large" if len(field) > 4000 or abs(int(field)) >> (kind.bit_width - 1) else None
     try:
         finite = math.isfinite(float(field))
@@ -115,6 +121,6 @@ def _fault(field: bytes, kind: pa.DataType, unsigned: bool) -> str | None:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table with these header and row cells."""
     lines = [header, ("---",) * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

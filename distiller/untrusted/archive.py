@@ -1,4 +1,4 @@
-"""PyTorch's zip archives, taken for what they are only where Python and PyTorch cannot read them differently."""
+"""PyTorch's zip archives, accepted only if Python and PyTorch are certain to read the same from them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import struct
 import zipfile
 from typing import BinaryIO
 
-# The records that end an archive, PyTorch's nearly always with those of zip64.
+# The records at the end of an archive; PyTorch's archives nearly always have those of zip64 too.
 END = struct.Struct("<4s4H2LH")
 LOCATOR_64 = struct.Struct("<4sLQL")
 END_64 = struct.Struct("<4sQ2H2L4Q")
 LOCATOR_64_START, END_64_START = b"PK\x06\x07", b"PK\x06\x06"
-EXTRA = struct.Struct("<2H")  # the kind and the length of what else a directory says of an entry
+EXTRA = struct.Struct("<2H")  # the kind and the length of an extra field in a directory entry
 ZIP64 = 1
 
 
 def read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
-    """Read the pickle of a checkpoint in an open file of so many bytes.
+    """Read the pickle of a checkpoint from an open file of ``size`` bytes.
 
     Returns:
-        The pickle, and the bytes of every storage by its key.
+        The pickle, and the size in bytes of every storage by its key.
 
     Raises:
-        pickle.UnpicklingError: no archive of PyTorch's, or one that unpacks to more than the file has.
-        Exception: nearly any other, where it is damaged.
+        pickle.UnpicklingError: the file is no archive of PyTorch's, or its entries are larger than the file.
+        Exception: the archive is damaged, in which case nearly any exception may come.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -47,7 +47,7 @@ def read_archive(file: BinaryIO, size: int) -> tuple[bytes, dict[str, int]]:
 
 
 def _names_are_plain(entries: list[zipfile.ZipInfo]) -> bool:
-    """Whether every entry has one name for every reader: PyTorch's does not tell upper case from lower."""
+    """Return whether all readers see the same, distinct names; PyTorch does not tell upper case from lower."""
     names = [entry.orig_filename for entry in entries]
     plain = all(name.isascii() and name.isprintable() and "\\" not in name for name in names)
     return (
@@ -56,7 +56,7 @@ def _names_are_plain(entries: list[zipfile.ZipInfo]) -> bool:
 
 
 def _extra_is_plain(entry: zipfile.ZipInfo) -> bool:
-    """Whether the directory says no more of an entry than its sizes, once. Other kinds give it a second name."""
+    """Return whether an entry has no extra field but the zip64 sizes, once; other kinds can rename the entry."""
     if not entry.extra:
         return True
     return len(entry.extra) > EXTRA.size and EXTRA.unpack_from(entry.extra) == (
@@ -66,9 +66,9 @@ def _extra_is_plain(entry: zipfile.ZipInfo) -> bool:
 
 
 def _ends_exactly(file: BinaryIO, size: int, archive: zipfile.ZipFile) -> bool:
-    """Whether the directory is where the records at the file's end say, right before them, and whole.
+    """Return whether the zip directory lies right before the end records, where they say, and is complete.
 
-    Python looks for it there, PyTorch where the records say.
+    Python looks for the directory right before the records, PyTorch at the position that they give.
     """
     file.seek(-(END_64.size + LOCATOR_64.size + END.size), os.SEEK_END)
     end_64, locator, end = (file.read(record.size) for record in (END_64, LOCATOR_64, END))

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, loaded without running anything that is in them."""
+"""Checkpoints: saved completely or not at all, and loaded without running any code that is in them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from distiller.system.files import atomic_write
 from distiller.untrusted.claims import check_claims
 from distiller.untrusted.unpickling import UnknownNameError
 
-# What checkpoints of the original hold beside tensors and plain values: the optimizer's class, and metrics
-# as NumPy scalars, pickled by NumPy 1 under a module name of its own.
+# Checkpoints of the original implementation hold more than tensors and plain values: the optimizer's class, and metrics
+# as NumPy scalars, which NumPy 1 pickles under a module name of its own.
 _build_scalar, _ = np.float64(0).__reduce__()
 ALLOWED_TYPES = [
     torch.optim.Adam,
@@ -30,40 +30,41 @@ ALLOWED_TYPES = [
 
 
 def save_checkpoint(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    """Write ``content`` to ``path`` under a temporary name first, so that ``path`` is whole at every instant.
+    """Write a checkpoint under a temporary name and rename it, so that ``path`` is a whole file at every instant.
 
     Raises:
-        OSError: the directory cannot be written; what was at ``path`` is still there.
+        OSError: the file cannot be written; what was at ``path`` before is still there.
     """
-    # Into a file of Python's: its errors name their cause, where those of torch's own writer do not.
+    # Into an open file: Python's write errors name their cause, those of torch's own writer do not.
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(dict(content), file)
         except RuntimeError as error:
-            # After a write that failed torch still closes its archive, which then fails in its own way.
+            # After a failed write torch still closes its archive, whose own failure hides the write's error.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU: tensors, plain values and ``ALLOWED_TYPES`` only.
+    """Read a checkpoint of tensors, plain values and ``ALLOWED_TYPES`` onto the CPU.
 
     Returns:
-        A dictionary with at least a ``state_dict`` of tensors.
+        The checkpoint's dictionary, with at least a ``state_dict`` of tensors.
 
     Raises:
-        InputError: not a checkpoint, cut short, it holds anything else, or claims more than the file has.
-        OSError: it cannot be read.
+        InputError: the file is not a checkpoint, is cut short, holds anything else, or claims to hold more data than it
+            does.
+        OSError: the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
             check_claims(file)
         with torch.serialization.safe_globals(ALLOWED_TYPES), warnings.catch_warnings():
-            # What torch warns of in a damaged file is said by the error that follows.
+            # What torch warns of in a damaged file, the error that follows says too.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file can make torch raise nearly anything; but for an unreadable one all of it means the same.
+    # A damaged file can make torch raise nearly any exception; all mean the same, except for a file that is unreadable.
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
@@ -78,6 +79,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    """Return why a checkpoint was refused, in one line."""
     if isinstance(error, UnknownNameError):
         return f"refused: it holds {error}, which is neither a tensor nor a plain value"
     lines = str(error).strip().splitlines() or [type(error).__name__]

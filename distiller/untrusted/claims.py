@@ -1,4 +1,7 @@
-"""What a checkpoint's file claims, held against what is in it: before PyTorch reads it, and takes memory for it."""
+"""Check of what a checkpoint claims to hold against what its file holds.
+
+It runs before PyTorch reads the file, which would allocate whatever sizes the file claims.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +17,43 @@ from distiller.untrusted.archive import read_archive
 from distiller.untrusted.unpickling import PlainUnpickler, StandIn
 from distiller.untrusted.yaml import MAX_DEPTH, MAX_VALUES
 
-ZIP_START = b"PK\x03\x04"  # by which PyTorch tells its two formats apart
-LEGACY_PICKLES = 5  # the older one's: magic number, version, machine, content and the storages' keys
-LEGACY_HEAD = 8  # bytes before each of its storages: its size
+ZIP_START = b"PK\x03\x04"  # the first bytes of the newer of PyTorch's two formats
+LEGACY_PICKLES = 5  # in the older format: magic number, version, machine, content and the storages' keys
+LEGACY_HEAD = 8  # bytes before each storage in the older format, which hold its size
 ITEM_SIZES = {"Double": 8, "Long": 8, "Float": 4, "Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
 ITEM_SIZES |= {"Char": 1, "Byte": 1, "Bool": 1}
-SCALARS = {"f4": 4, "f8": 8, "i8": 8}  # NumPy's types of metrics, in bytes
+SCALARS = {"f4": 4, "f8": 8, "i8": 8}  # the NumPy types that metrics have, and their sizes in bytes
 
 
 @dataclass(frozen=True)
 class _ItemType:
-    """Stands in for the type of a storage: so many bytes an item."""
+    """A stand-in for the type of a storage, whose items have ``size`` bytes each."""
 
     size: int
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """Stands in for a storage of ``count`` items of so many bytes."""
+    """A stand-in for a storage of ``count`` items of ``item_size`` bytes each."""
 
     count: int
     item_size: int
 
     @property
     def nbytes(self) -> int:
+        """The size of the storage in bytes."""
         return self.count * self.item_size
 
 
 class _Map(dict, StandIn):
-    """Stands in for an ``OrderedDict``. A ``state_dict`` has attributes too, which nobody reads."""
+    """A stand-in for an ``OrderedDict``, which in a ``state_dict`` has attributes too."""
 
     def __setstate__(self, state: object) -> None:
-        pass
+        """Ignore the attributes, which nobody reads."""
 
 
 class _ScalarType(StandIn):
-    """Stands in for ``numpy.dtype``, whose own ``__setstate__`` crashes on states that are not its own."""
+    """A stand-in for ``numpy.dtype``, whose own ``__setstate__`` crashes on states that are not a dtype's."""
 
     def __init__(self, code: str, align: bool, copy: bool):
         if code not in SCALARS:
@@ -57,38 +61,41 @@ class _ScalarType(StandIn):
         self.size = SCALARS[code]
 
     def __setstate__(self, state: object) -> None:
+        """Raise an ``UnpicklingError`` unless the state is that of a plain little-endian type."""
         if state != (3, "<", None, None, None, -1, -1, 0):
             raise pickle.UnpicklingError("it holds a NumPy value that is no metric")
 
 
 def _map() -> _Map:
+    """Stand in for the constructor of an ``OrderedDict``."""
     return _Map()
 
 
 def _counter(counts: dict) -> dict:
+    """Stand in for the constructor of a ``Counter``; raise an ``UnpicklingError`` unless it counts in integers."""
     if type(counts) is not dict or not all(type(count) is int for count in counts.values()):
         raise pickle.UnpicklingError("it holds counts that are none")
     return counts
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """What ``_codecs.encode`` makes of the text that bytes are written as."""
+    """Stand in for ``_codecs.encode``, by which older pickle protocols store bytes as Latin-1 text."""
     if type(text) is not str or encoding != "latin1":
         raise pickle.UnpicklingError("it holds encoded text")
     return text.encode("latin1")
 
 
 def _scalar(kind: _ScalarType, content: bytes) -> float:
-    """Stands in for a metric; its value is of no interest here."""
+    """Stand in for the constructor of a NumPy scalar; its value is of no interest here and becomes NaN."""
     if not isinstance(kind, _ScalarType) or type(content) is not bytes or len(content) != kind.size:
         raise pickle.UnpicklingError("it holds a NumPy value that is no metric")
     return math.nan
 
 
 def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: object) -> None:
-    """Stands in for a tensor: no larger than its storage, and within it.
+    """Stand in for a tensor's constructor; raise an ``UnpicklingError`` unless the tensor lies within its storage.
 
-    One that repeats its storage could claim any size.
+    The tensor may also have no more elements than its storage: by strides of 0 it could claim any size.
     """
     numbers = (offset, *size, *stride)
     whole = all(type(number) is int and number >= 0 for number in numbers) and len(size) == len(stride)
@@ -101,7 +108,7 @@ def _tensor(storage: _Storage, offset: int, size: tuple, stride: tuple, *_: obje
 
 
 def _parameter(tensor: None, requires_grad: bool, hooks: _Map) -> None:
-    """Stands in for a parameter."""
+    """Stand in for the constructor of a ``Parameter``, whose tensor ``_tensor`` has checked and replaced by None."""
     if tensor is not None:
         raise pickle.UnpicklingError("it holds a parameter that is no tensor")
 
@@ -120,14 +127,15 @@ _NAMES = {
 
 
 class _ClaimsUnpickler(PlainUnpickler):
-    """Builds stand-ins for all that a checkpoint may hold.
+    """An unpickler that builds stand-ins for everything that a checkpoint may hold, and refuses the rest.
 
     Args:
-        file: The pickle.
-        bytes_held: Of every storage by its key; None where the pickle itself is all that names them.
+        file: The pickle, as mapped memory or a ``BytesIO``.
+        bytes_held: The size in bytes of every storage in the file by its key; None for the older format, in which only
+            the pickle says what storages there are.
 
     Attributes:
-        storages: What it has named, by key.
+        storages: The stand-ins of the storages that the pickle has named, by key.
     """
 
     def __init__(self, file: Any, bytes_held: dict[str, int] | None = None):
@@ -136,13 +144,14 @@ class _ClaimsUnpickler(PlainUnpickler):
         self.storages: dict[str, _Storage] = {}
 
     def persistent_load(self, name: object) -> _Storage:
+        """Return the stand-in of a storage that the pickle names; raise an ``UnpicklingError`` if it cannot exist."""
         kind, key, _, count = name[1:5] if type(name) is tuple and len(name) in (5, 6) else (None,) * 4
         known = isinstance(kind, _ItemType) and type(key) is str and type(count) is int and count >= 0
-        # A part of another storage, as PyTorch before 1.0 wrote it, is in no checkpoint here.
+        # Parts of other storages, which PyTorch before 1.0 wrote, are in no checkpoint that is read here.
         if not known or name[0] != "storage" or name[5:] not in ((), (None,)):
             raise pickle.UnpicklingError("it holds what is no storage")
         storage = _Storage(count, kind.size)
-        # PyTorch makes a storage by the first that is said of it.
+        # PyTorch makes a storage of the size that it is first named with.
         if self.storages.setdefault(key, storage) != storage:
             raise pickle.UnpicklingError("it holds one storage in two sizes")
         if self._bytes_held is not None and self._bytes_held.get(key) != storage.nbytes:
@@ -151,16 +160,23 @@ class _ClaimsUnpickler(PlainUnpickler):
 
 
 class _Extent:
-    """Counts values and levels with everything shared counted wherever it stands: what goes through it does so too."""
+    """A count of values and nesting levels in which a shared value counts wherever it appears.
+
+    Code that walks through the loaded checkpoint visits a shared value at each of its places too.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[int, int] | None] = {}  # by id; None while it is being counted
 
     def of(self, value: object, depth: int = 0) -> tuple[int, int]:
-        """How many values a value has, itself among them, and in how many levels.
+        """Return the number of values in a value, itself among them, and the number of its nesting levels.
+
+        Args:
+            value: The value; only dictionaries, lists and tuples nest.
+            depth: The number of levels that the value itself lies within.
 
         Raises:
-            pickle.UnpicklingError: it holds itself, more than ``MAX_VALUES``, or more than ``MAX_DEPTH`` levels.
+            pickle.UnpicklingError: the value holds itself, or more than ``MAX_VALUES`` values or ``MAX_DEPTH`` levels.
         """
         if not isinstance(value, dict | list | tuple):
             return 1, 0
@@ -183,11 +199,12 @@ class _Extent:
 
 
 def check_claims(file: BinaryIO) -> None:
-    """Read through a checkpoint without making anything that it describes.
+    """Read through an open checkpoint without making anything that it describes.
 
     Raises:
-        pickle.UnpicklingError: it holds what no checkpoint here does, or claims more than the file has.
-        Exception: nearly any other, where it is damaged.
+        pickle.UnpicklingError: the file holds what no checkpoint of this project does, or claims to hold more data than
+            it does.
+        Exception: the file is damaged, in which case nearly any exception may come.
     """
     size = os.fstat(file.fileno()).st_size
     if file.read(len(ZIP_START)) == ZIP_START:
@@ -197,19 +214,21 @@ def check_claims(file: BinaryIO) -> None:
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
+    """Check a checkpoint of ``size`` bytes in PyTorch's newer format, a zip archive."""
     content, held = read_archive(file, size)
     _Extent().of(_ClaimsUnpickler(io.BytesIO(content), held).load())
 
 
 def _check_legacy(file: BinaryIO, size: int) -> None:
-    # Mapped, so that a read beyond the end costs nothing, whatever length a file claims.
+    """Check a checkpoint of ``size`` bytes in PyTorch's older format, pickles followed by the storages."""
+    # Mapped, so that a read beyond the end allocates nothing, whatever length a file claims.
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         unpicklers = [_ClaimsUnpickler(mapped) for _ in range(LEGACY_PICKLES)]
         contents = [unpickler.load() for unpickler in unpicklers]
         left = size - mapped.tell()
     _Extent().of(contents)
     storages, keys = unpicklers[-2].storages, contents[-1]
-    # One that is not listed PyTorch would make and leave unread.
+    # PyTorch would allocate a storage that is not listed, and leave it unread.
     listed = type(keys) is list and all(type(key) is str for key in keys)
     if not listed or sorted(keys) != sorted(storages):
         raise pickle.UnpicklingError("it holds other storages than it lists")

@@ -1,27 +1,36 @@
-"""``ncf.py --evaluate``: what scores with a checkpoint as the flags ask, the printed line, and what is left on disk."""
+"""``neural-cf evaluate`` and ``ncf.py --evaluate``: rank test items with a checkpoint, in floats or quantized."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import time
-from argparse import Namespace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from distiller.calibration import TestFunction
-from distiller.quantization import PostTrainLinearQuantizer
+from distiller.quantization import PostTrainLinearQuantizer, add_post_train_quant_args
 from distiller.quantization.integer import NotIntegerError
-from distiller.quantization.statistics import foreign_statistics
-from distiller.quantization.wrappers import QuantizedLinear, RowQuantizedEmbedding, ScaledConcat
 from distiller.system.cli import InputError
 from distiller.untrusted.checkpoint import load_checkpoint
-from neural_cf.commands.flags import lacks_source
-from neural_cf.int8.calibration import calibration_pass
+from neural_cf.commands.arguments import parse_settings
+from neural_cf.commands.flags import (
+    add_final_layer,
+    add_half_precision,
+    add_load,
+    add_loss_report,
+    add_metrics,
+    add_precision,
+    add_run_flags,
+    new_parser,
+)
+from neural_cf.commands.start import started
+from neural_cf.int8.calibration import calibration_data
 from neural_cf.int8.engine import IntegerNeuMF
 from neural_cf.int8.losses import measure_losses
+from neural_cf.int8.preparation import prepare
 from neural_cf.int8.scorer import quantized_scorer
 from neural_cf.model import NeuMF
 from neural_cf.ranking.candidates import first_users, nb_ranked
@@ -31,234 +40,203 @@ from neural_cf.ranking.scorers import Scorer, float_scorer
 from neural_cf.reporting.evaluation_report import write_report
 from neural_cf.reporting.figures import draw_errors, draw_ranges
 from neural_cf.reporting.quantization_report import losses_table, write_losses
-from neural_cf.runs.directory import BEST, ERRORS, RANGES, REPORT, clear_report, write_quantized, write_ranks
+from neural_cf.runs.directory import (
+    BEST,
+    ERRORS,
+    RANGES,
+    REPORT,
+    clear_report,
+    write_quantized,
+    write_ranks,
+)
 from neural_cf.runs.hardware import choose_compilation
 from neural_cf.runs.log import start_log
-from neural_cf.runs.models import (
-    dummy_input,
-    load_model,
-    load_quantized,
-    quantizer_as_trained,
-    restore_rounding,
-    training_of,
-)
-from neural_cf.runs.processes import Processes
+from neural_cf.runs.models import Checkpoint, load_float, load_quantized, restore_rounding, training_of
 from neural_cf.runs.recorder import has_matplotlib
-from neural_cf.split import Split
+from neural_cf.runs.run import Run
 
+PROG = "neural-cf evaluate"
 # Where compiling, 10 s at first and 3 s once cached, saves as much: 0.2 us a pair on two Xeon cores (2026-11-23).
 PAIRS_WORTH_COMPILING = 40_000_000
+
 log = logging.getLogger("ncf")
 
 
-def evaluate_checkpoint(
-    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
-) -> None:
-    """Evaluate in FP32, in half precision, or quantized; a model that is quantized here is kept."""
-    checkpoint = load_checkpoint(args.load)
-    quantizer = None
-    if args.qe_report:
-        report_on = calibration_pass(args, split, device, args.qe_report)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line ``argv``, by default the process's own."""
+    parser = new_parser(PROG, "Evaluate a checkpoint on every user's test item, in FP32 or quantized.")
+    parser.set_defaults(evaluate=True)
+    evaluation = parser.add_argument_group("Evaluation")
+    add_load(
+        evaluation.add_argument, "best.pth.tar, or the quantized.pth.tar of an evaluation", required=True
+    )
+    add_final_layer(evaluation.add_argument)
+    add_precision(evaluation.add_argument)
+    add_half_precision(evaluation)
+    add_metrics(evaluation.add_argument)
+    add_run_flags(parser.add_argument_group("Run").add_argument)
+    add_post_train_quant_args(parser)
+    add_loss_report(parser.add_argument_group("Report of what quantization loses").add_argument)
+    settings = parse_settings(argv, parser)
+    with started(settings, PROG) as run:
+        evaluate_checkpoint(run)
+
+
+def evaluate_checkpoint(run: Run) -> None:
+    """Evaluate a checkpoint in floats or quantized, and keep the model that is quantized here."""
+    settings = run.settings
+    checkpoint = load_checkpoint(settings.load)
+    if settings.qe_report:
+        report_data = calibration_data(run, settings.qe_report)
         if not has_matplotlib():
             log.warning("--qe-report without pictures, which matplotlib draws: pip install matplotlib")
+    quantizer = None
     if "quantizer" in checkpoint:
-        quantizer = load_quantized(args, checkpoint, split, device)
+        quantizer = load_quantized(settings, checkpoint, run.split, run.device)
     else:
-        model = load_model(args, args.load, checkpoint, split)
-        if args.quantize_eval:
-            original = copy.deepcopy(model) if args.qe_report else None
-            quantizer = quantize(args, model, checkpoint, device)
-    if quantizer:
-        scorer = scorer_as_asked(args, quantizer, split, device)
-    else:
-        scorer = unquantized_scorer(args, model, checkpoint, split, device)
-    if processes.first:
-        start_log(directory, device)
+        model = load_float(settings, settings.load, checkpoint, run.split)
+        if settings.quantize_eval:
+            original = copy.deepcopy(model) if settings.qe_report else None
+            quantizer = prepare(settings, model, checkpoint, run.device)
+    scorer = scorer_of_quantized(run, quantizer) if quantizer else scorer_of_float(run, model, checkpoint)
+    if run.processes.first:
+        start_log(run.directory, run.device)
         if quantizer:
-            quantizer.save(directory)
-            if args.quantize_eval:
-                write_quantized(directory, quantizer, args.load, training_of(checkpoint), split)
-                clear_report(directory)
-    computed = computation_in_integers(scorer) if quantizer else computation(args, checkpoint)
-    model = {"checkpoint": str(args.load), "computed": computed} | training_of(checkpoint)
-    evaluate_scorer(args, scorer, split, device, processes, directory, model)
-    if args.qe_report:
-        report_losses(args, report_on, original.to(device), quantizer, split, device, directory)
+            leave_quantized(run, quantizer, checkpoint)
+    computed = computation_in_integers(scorer) if quantizer else computation_in_floats(run, checkpoint)
+    origin = {"checkpoint": str(settings.load), "computed": computed} | training_of(checkpoint)
+    evaluate_scorer(run, scorer, origin)
+    if settings.qe_report:
+        report_losses(run, report_data, original.to(run.device), quantizer)
 
 
-def quantize(
-    args: Namespace, model: NeuMF, checkpoint: dict[str, Any], device: torch.device
-) -> PostTrainLinearQuantizer:
-    """Quantize a model as the flags ask, or as it was trained to be."""
-    if not lacks_source(args):
-        quantizer = PostTrainLinearQuantizer.from_args(model.to(device), args)
-    elif checkpoint.get("quantization_aware") is not None:
-        quantizer = quantizer_as_trained(model.to(device), checkpoint, args)
-    else:
-        raise InputError("--quantize-eval needs --qe-stats-file, --qe-dynamic or --qe-config-file")
-    why = foreign_statistics(model, quantizer.statistics or {})
-    if why:
-        log.warning("--qe-stats-file seems to belong to another model: %s", why)
-    quantizer.prepare_model(dummy_input(device))
-    modules = list(model.modules())
-    linears = [module for module in modules if isinstance(module, QuantizedLinear)]
-    for flag, given, effects in (
-        ("--qe-scaled-concat", args.qe_scaled_concat, (isinstance(x, ScaledConcat) for x in modules)),
-        ("--qe-per-channel-acts", args.qe_per_channel_acts, (x.has_output_scales for x in linears)),
-        (
-            "--qe-embedding-bits",
-            args.qe_embedding_bits,
-            (isinstance(x, RowQuantizedEmbedding) for x in modules),
-        ),
-    ):
-        if given and not any(effects):
-            raise InputError(f"{flag} has no effect on any layer with these settings")
-    return quantizer
+def leave_quantized(run: Run, quantizer: PostTrainLinearQuantizer, checkpoint: Checkpoint) -> None:
+    """Write the parameters of a quantized model to the run's directory, and the model if it was quantized here."""
+    quantizer.save(run.directory)
+    if run.settings.quantize_eval:
+        write_quantized(run.directory, quantizer, run.settings.load, training_of(checkpoint), run.split)
+        clear_report(run.directory)
 
 
-def scorer_as_asked(
-    args: Namespace, quantizer: PostTrainLinearQuantizer, split: Split, device: torch.device
-) -> Scorer:
-    """Return what scores with a quantized model, by ``--qe-engine``."""
-    flag, engine = "--qe-engine integer", args.qe_engine
-    if args.qe_convert_pytorch:
+def scorer_of_quantized(run: Run, quantizer: PostTrainLinearQuantizer) -> Scorer:
+    """Return what scores with a quantized model, by ``--qe-engine``.
+
+    Raises:
+        InputError: integers are asked for, and a layer has settings that they cannot compute.
+    """
+    flag, engine = "--qe-engine integer", run.settings.qe_engine
+    if run.settings.qe_convert_pytorch:
         flag, engine = "--qe-convert-pytorch", "integer"
+    compiled = engine != "simulate" and worth_compiling(run)
     try:
-        return quantized_scorer(quantizer, engine, worth_compiling(args, split, device))
+        return quantized_scorer(quantizer, engine, compiled)
     except NotIntegerError as error:
         raise InputError(f"{flag}: {error}") from error
 
 
-def unquantized_scorer(
-    args: Namespace, model: NeuMF, checkpoint: dict[str, Any], split: Split, device: torch.device
-) -> Scorer:
-    """What scores with a float model: in float32, bfloat16 or half precision, or rounding as it was trained to."""
-    if "qe_engine" in args.given or args.qe_convert_pytorch:
-        raise InputError(f"--qe-engine: {args.load} is not quantized: --quantize-eval quantizes it")
+def scorer_of_float(run: Run, model: NeuMF, checkpoint: Checkpoint) -> Scorer:
+    """Return what scores with a float model: in float32, bfloat16 or half precision, or rounding as it was trained to.
+
+    Raises:
+        InputError: a setting is for a quantized model, or is not how a quantization-aware one was trained.
+    """
+    settings = run.settings
+    if "qe_engine" in settings.given or settings.qe_convert_pytorch:
+        raise InputError(f"--qe-engine: {settings.load} is not quantized: --quantize-eval quantizes it")
     if checkpoint.get("quantization_aware") is not None:
-        for flag, given in (("--eval-fp16", args.eval_fp16), ("--precision", args.precision == "bf16")):
+        for flag, given in (
+            ("--eval-fp16", settings.eval_fp16),
+            ("--precision", settings.precision == "bf16"),
+        ):
             if given:
-                raise InputError(f"{flag}: {args.load} was trained to round in float32")
-        restore_rounding(model, checkpoint, args)
+                raise InputError(f"{flag}: {settings.load} was trained to round in float32")
+        restore_rounding(model, checkpoint, settings.split_final)
         log.info("Evaluated as trained: quantization-aware, with rounded weights and activations")
-    model.to(device)
-    if args.eval_fp16:
+    model.to(run.device)
+    if settings.eval_fp16:
         return float_scorer(model.half())
-    if args.precision == "bf16":
-        return float_scorer(model, torch.bfloat16, worth_compiling(args, split, device))
+    if settings.precision == "bf16":
+        return float_scorer(model, torch.bfloat16, worth_compiling(run))
     return float_scorer(model)
 
 
-def worth_compiling(args: Namespace, split: Split, device: torch.device) -> bool:
-    """Whether compiling an evaluation of integers or bfloat16 takes less time than it saves, and is wanted.
+def worth_compiling(run: Run) -> bool:
+    """Return whether compiling an evaluation of integers or bfloat16 takes less time than it saves, and is wanted.
 
     On a GPU it would contract a product and a sum into one operation, and round otherwise than the simulation.
     """
-    pairs = split.nb_users * nb_ranked(split, args.ranking)
-    return device.type == "cpu" and pairs >= PAIRS_WORTH_COMPILING and choose_compilation(args, device)
+    pairs = run.split.nb_users * nb_ranked(run.split, run.settings.ranking)
+    worth = run.device.type == "cpu" and pairs >= PAIRS_WORTH_COMPILING
+    return worth and choose_compilation(run.settings, run.device)
 
 
 def computation_in_integers(scorer: Scorer) -> str:
-    """What a quantized model was computed in, for a report."""
+    """Return what a quantized model is computed in, for a report."""
     return "integers" if isinstance(scorer, IntegerNeuMF) else "integers simulated in floats"
 
 
-def computation(args: Namespace, checkpoint: dict[str, Any]) -> str:
-    """The same of a checkpoint that is evaluated as it was trained, or in other floats."""
+def computation_in_floats(run: Run, checkpoint: Checkpoint) -> str:
+    """Return what a model that is not quantized is computed in, for a report."""
     if checkpoint.get("quantization_aware") is not None:
         return "fp32, rounded as in training"
-    return "fp16" if args.eval_fp16 else args.precision or "fp32"
+    return "fp16" if run.settings.eval_fp16 else run.settings.precision or "fp32"
 
 
-def evaluate_scorer(
-    args: Namespace,
-    scorer: Scorer,
-    split: Split,
-    device: torch.device,
-    processes: Processes,
-    directory: Path | None,
-    model: dict[str, Any],
-    title: str = "Initial",
-) -> None:
-    """Rank the test items, print the metrics, and leave ranks and, if asked for, a report.
+def evaluate_scorer(run: Run, scorer: Scorer, origin: dict[str, Any], title: str = "") -> None:
+    """Rank the test items, print the metrics, and leave the ranks and, if asked for, a report.
 
     Args:
-        args: The flags.
+        run: The run.
         scorer: What scores.
-        split: Whose test items.
-        device: The scorer's.
-        processes: That share them.
-        directory: Where ranks go; None in a process that is not the first.
-        model: What is scored with, for the report.
-        title: Stands before the metrics.
+        origin: What scores, for the report: ``checkpoint``, ``computed`` and the training's ``seed`` and ``validate``.
+        title: Text that stands before the metrics.
     """
-    length = max(args.cutoffs) if args.report else 0
+    settings = run.settings
     start = time.perf_counter()
     places = place_test_items(
-        scorer, split, args.topk, device, processes, ranking=args.ranking, length=length
+        scorer,
+        run.split,
+        settings.k,
+        run.device,
+        run.processes,
+        ranking=settings.ranking,
+        length=max(settings.cutoffs) if settings.report else 0,
     )
     val_time = time.perf_counter() - start
-    if processes.first:
-        write_ranks(directory, places.ranks)
-    metrics = describe([metrics_of_ranks(places.ranks, k) for k in args.cutoffs])
-    log.info("%s %s, val_time = %.2f", title, metrics, val_time)
-    if processes.first and args.report:
-        write_report(args.report, args, split, places, model, device)
-        log.info("Report written to %s", args.report)
+    if run.processes.first:
+        write_ranks(run.directory, places.ranks)
+    metrics = describe([metrics_of_ranks(places.ranks, k) for k in settings.cutoffs])
+    log.info("%s%s, val_time = %.2f", title, metrics, val_time)
+    if run.processes.first and settings.report:
+        write_report(run, places, origin)
+        log.info("Report written to %s", settings.report)
 
 
-def evaluate_best(
-    args: Namespace, split: Split, device: torch.device, processes: Processes, directory: Path | None
-) -> None:
-    """Evaluate the best epoch's model on the test items, which nothing has looked at before.
-
-    Args:
-        args: The flags.
-        split: With the test items.
-        device: The model's.
-        processes: That share them.
-        directory: The run's; None in a process that is not the first.
-    """
+def evaluate_best(run: Run) -> None:
+    """Evaluate the best epoch's model on the test items, which nothing has looked at before."""
     checkpoint = None
-    if processes.first:
-        checkpoint = load_checkpoint(directory / BEST)
+    if run.processes.first:
+        checkpoint = load_checkpoint(run.directory / BEST)
         needed = ("state_dict", "quantization_aware", "epoch", "config", "data_digest")
         checkpoint = {key: checkpoint[key] for key in needed}
-    checkpoint = processes.agree(checkpoint)
-    model = load_model(args, BEST, checkpoint, split)
+    checkpoint = run.processes.agree(checkpoint)
+    model = load_float(run.settings, BEST, checkpoint, run.split)
     if checkpoint["quantization_aware"] is not None:
-        restore_rounding(model, checkpoint, args)
-    scorer = float_scorer(model.to(device))
-    path = str(directory / BEST) if processes.first else None
+        restore_rounding(model, checkpoint, run.settings.split_final)
+    scorer = float_scorer(model.to(run.device))
     computed = "fp32" if checkpoint["quantization_aware"] is None else "fp32, rounded as in training"
-    origin = {"checkpoint": path, "computed": computed} | training_of(checkpoint)
+    origin = {"checkpoint": str(run.directory / BEST), "computed": computed} | training_of(checkpoint)
     epoch = checkpoint["epoch"]
-    title = "Test, as joined:" if epoch < 0 else f"Test, by epoch {epoch}:"
-    evaluate_scorer(args, scorer, split, device, processes, directory, origin, title)
+    evaluate_scorer(run, scorer, origin, "Test, as joined: " if epoch < 0 else f"Test, by epoch {epoch}: ")
 
 
-def warn_of_validation_items(checkpoint: dict[str, Any] | None, path: str | Path | None) -> None:
-    """Warn where training goes on from a model that has seen what it is to be validated by."""
-    config = checkpoint.get("config") if checkpoint else None
-    if checkpoint and not (isinstance(config, dict) and config.get("validate")):
-        log.warning("--validate: %s was trained on the items that it is validated by from here on", path)
-
-
-def report_losses(
-    args: Namespace,
-    test_fn: TestFunction,
-    original: NeuMF,
-    quantizer: PostTrainLinearQuantizer,
-    split: Split,
-    device: torch.device,
-    directory: Path,
-) -> None:
-    """Say where quantization loses accuracy: on the screen, as a CSV file and, where matplotlib is, as pictures."""
-    nb_users = first_users(split, args.qe_report)
-    losses = measure_losses(original, quantizer, test_fn, split, nb_users, args.topk, device)
+def report_losses(run: Run, data: TestFunction, original: NeuMF, quantizer: PostTrainLinearQuantizer) -> None:
+    """Show where quantization loses accuracy: on the screen, as a CSV file and, where matplotlib is, as pictures."""
+    nb_users = first_users(run.split, run.settings.qe_report)
+    losses = measure_losses(original, quantizer, data, run.split, nb_users, run.settings.k, run.device)
     log.info("%s", losses_table(losses))
-    write_losses(losses, directory / REPORT)
+    write_losses(losses, run.directory / REPORT)
     if has_matplotlib():
-        draw_ranges(losses, directory / RANGES)
-        draw_errors(losses, directory / ERRORS)
-    log.info("Report written to %s", directory)
+        draw_ranges(losses, run.directory / RANGES)
+        draw_errors(losses, run.directory / ERRORS)
+    log.info("Report written to %s", run.directory)

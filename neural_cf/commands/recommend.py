@@ -13,7 +13,7 @@ from distiller.system.cli import ArgumentParser, InputError
 from neural_cf.data.titles import TITLES, read_titles
 from neural_cf.int8.scorer import scorer_of
 from neural_cf.runs.log import show_messages
-from neural_cf.runs.models import load_saved
+from neural_cf.runs.models import read_model
 from neural_cf.serving.recommend import (
     Recommendation,
     numbers_of_users,
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ids = list(dict.fromkeys(args.user))
     numbers = numbers_of_users(split, ids, args.data)
     titles = titles_of(args)
-    saved = load_saved(args.checkpoint)
+    saved = read_model(args.checkpoint)
     saved.check_sizes(split, args.checkpoint, args.data)
     found = recommend(scorer_of(saved), split, ids, numbers, args.n, titles)
     if not found:

@@ -1,6 +1,7 @@
-"""Training batches: every positive once per epoch, fresh negatives, shuffled, drawn as whole tensors.
+"""Training batches: every positive once per epoch with fresh negatives, shuffled, and drawn as whole tensors.
 
-Shapes: U users, I items, P training positives, N samples in a batch, R rows that a batch can touch at most.
+Shapes: U users, I items, P training positives, N samples in a batch, R distinct ids in a batch at most, W positives in
+a window.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ Argument, Result = TypeVar("Argument"), TypeVar("Result")
 
 
 class Distinct(NamedTuple):
-    """The distinct ids of a batch, in a shape that does not depend on how many there are.
+    """The distinct ids of a batch, in tensors whose shapes do not depend on the number of distinct ids.
 
     Attributes:
-        rows: (R,) int64, ascending; the greatest id fills up the rest.
-        slots: (N,) int64, where in ``rows`` each sample's id stands first.
-        first: (R,) int64, where in ``rows`` each row's own id stands first.
+        rows: (R,) int64 distinct ids, ascending; the greatest is repeated to fill the tensor.
+        slots: (N,) int64, the first position of each sample's id in ``rows``.
+        first: (R,) int64, the first position in ``rows`` of the id at each position.
     """
 
     rows: Tensor
@@ -36,16 +37,16 @@ class Distinct(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One process's samples of a step. Every batch of an epoch has the same shapes.
+    """One process's samples of a step; all batches of an epoch have the same shapes.
 
     Attributes:
-        users: (N,) int64.
-        items: (N,) int64.
+        users: (N,) int64 row numbers of the users.
+        items: (N,) int64 row numbers of the items.
         labels: (N,) float32, 1 for a positive and 0 for a negative.
-        weights: (N,) float32, each sample's share of the step's mean loss over all processes; 0 for what fills
-            up the last batch of an epoch.
-        distinct_users: Of the step's samples in all processes; the slots are of this process's.
-        distinct_items: Likewise.
+        weights: (N,) float32, each sample's share of the step's mean loss over all processes; 0 for the samples that
+            only fill the last batch of an epoch.
+        distinct_users: The users of the step's samples in all processes, with the slots of this process's samples.
+        distinct_items: The items of the step's samples in all processes, with the slots of this process's samples.
     """
 
     users: Tensor
@@ -57,14 +58,14 @@ class Batch(NamedTuple):
 
 
 def distinct(ids: Tensor, capacity: int) -> Distinct:
-    """The distinct ids of each of several batches.
+    """Return the distinct ids of each of several batches.
 
     Args:
-        ids: (batches, N) int64.
+        ids: (batches, N) int64 ids.
         capacity: R, at least the number of distinct ids in any batch.
 
     Returns:
-        Rows (batches, R), slots (batches, N) and first (batches, R).
+        A ``Distinct`` for all batches: rows (batches, R), slots (batches, N) and first (batches, R).
     """
     ordered, order = ids.sort(dim=1)
     slot_in_order = torch.zeros_like(ids)
@@ -76,23 +77,27 @@ def distinct(ids: Tensor, capacity: int) -> Distinct:
 
 
 class TrainingBatches:
-    """Batches for one epoch after another: every positive once, fresh negatives, shuffled.
+    """The training batches of every epoch: each positive once, with fresh negatives, shuffled.
 
     Positives are taken in a random order. Each is followed by ``negatives_per_positive`` negatives of its user,
-    uniform over the items outside the user's training list, and the samples are shuffled in windows of about
-    ``WINDOW`` positives, so that memory stays small at any number of ratings. Every window has a random stream of
-    its own: an epoch can be entered anywhere.
+    drawn uniformly from the items outside the user's training list, and the samples are shuffled in windows of about
+    ``WINDOW`` positives, so that memory stays small at any number of ratings. Every window has a random stream of its
+    own, so that an epoch can start at any batch.
 
     Args:
-        split: Where positives come from.
-        batch_size: Samples of a step in all processes together.
-        negatives_per_positive: Negatives drawn for each positive.
-        seed: An epoch's batches depend on this and on the epoch's number alone.
-        device: Where batches are drawn and handed out. On the CPU the next window is drawn in a thread beside.
-        processes: That share each batch. All draw the same ones; each hands out its own samples.
+        split: The split whose training pairs are the positives.
+        batch_size: The number of samples of a step, in all processes together.
+        negatives_per_positive: The number of negatives drawn for each positive.
+        seed: The seed. An epoch's batches depend on it and on the epoch's number alone.
+        device: The device that batches are drawn on. On the CPU, a second thread draws the next window meanwhile.
+        processes: The processes that share each batch; by default one. All of them draw the same batches, and each
+            hands out its own samples.
+
+    Attributes:
+        batch_size: The number of samples of a step in all processes, at most those of an epoch.
     """
 
-    # 1.3 M samples with the default 4 negatives: 70 MB, and hundreds of batches to be spread over.
+    # 1.3 M samples with the default 4 negatives: 70 MB, and hundreds of batches to spread them over.
     WINDOW = 1 << 18
 
     def __init__(
@@ -116,25 +121,25 @@ class TrainingBatches:
         self._device = torch.device(device)
         own = (processes or Processes()).share(batch_size)
         self._own = slice(own.start, own.stop)
-        # A window's samples are whole batches.
+        # The number of positives is such that a window's samples make whole batches.
         unit = batch_size // gcd(batch_size, 1 + negatives_per_positive)
         self._positives_per_window = -(-self.WINDOW // unit) * unit
 
     @property
     def nb_samples(self) -> int:
-        """Positives and negatives in an epoch."""
+        """The number of samples in an epoch, positives and negatives."""
         return len(self._users) * (1 + self._negatives)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Return the number of batches in an epoch."""
         return -(-self.nb_samples // self.batch_size)
 
     def samples_in(self, start: int, stop: int) -> int:
-        """Samples in an epoch's batches number ``start`` .. ``stop`` - 1: the last one has what is left."""
+        """Return the number of samples in batches ``start`` .. ``stop`` - 1; an epoch's last batch may have fewer."""
         return min(stop * self.batch_size, self.nb_samples) - start * self.batch_size
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Yield the epoch's batches from number ``skip`` on."""
+        """Yield the batches of an epoch, without its first ``skip`` ones."""
         order = torch.randperm(len(self._users), generator=self._generator(epoch, 0), device=self._device)
         positives = order.split(self._positives_per_window)
         batches_per_window = self._positives_per_window * (1 + self._negatives) // self.batch_size
@@ -149,14 +154,14 @@ class TrainingBatches:
             skip = 0
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
-        """One of an epoch's random streams."""
-        # By NumPy's seed hashing; torch takes 63 bits of it.
+        """Return a generator for one of an epoch's random streams."""
+        # NumPy's seed hashing keeps the streams apart; torch takes 63 bits of the hash.
         state = np.random.SeedSequence([self._seed, epoch, stream]).generate_state(1, np.uint64)[0]
         return torch.Generator(self._device).manual_seed(int(state >> 1))
 
     def _window(self, positives: Tensor, generator: torch.Generator) -> list[Batch]:
-        """Positives (W,) by their index and their negatives, shuffled, in batches."""
-        # In the order of the data, users' lists are searched one after the other and stay in the cache.
+        """Return the batches of a window: (W,) positives, given by their index, and fresh negatives, shuffled."""
+        # In this order, users' lists of items are searched one after the other and stay in the cache.
         positives = positives.sort()[0]
         users, items = self._users[positives].long(), self._items[positives].long()
         negative_users = users.repeat_interleave(self._negatives)
@@ -168,7 +173,7 @@ class TrainingBatches:
         return self._batches(users[order], items[order], (order < len(positives)).float())
 
     def _batches(self, users: Tensor, items: Tensor, labels: Tensor) -> list[Batch]:
-        """Cut samples into batches, the last one filled up with the last sample."""
+        """Cut samples into batches; repeat the last sample to fill the last batch."""
         count, size = len(users), self.batch_size
         whole = count // size
         nb_batches = -(-count // size)
@@ -199,11 +204,11 @@ class TrainingBatches:
 
 
 def one_ahead(function: Callable[[Argument], Result], arguments: Iterable[Argument]) -> Iterator[Result]:
-    """``map(function, arguments)``, each next result computed in a thread while the last one is in use.
+    """Yield ``map(function, arguments)``, computing each next result in a thread while the last one is in use.
 
-    The thread computes on one core, so that it takes little from the others' work.
+    The thread computes on one core, so that it takes little from the main thread's work.
     """
-    # PyTorch's number of threads is each thread's own.
+    # In PyTorch, the number of threads to compute with is a setting of each thread.
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         ahead = None
         for argument in arguments:

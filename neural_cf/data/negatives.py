@@ -1,4 +1,7 @@
-"""Negatives: items that a user has not trained on, drawn by rank."""
+"""Negatives: items outside a user's list, drawn by their rank among all such items.
+
+Shapes: U users, I items, P pairs, N draws, C negatives per user.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,20 @@ from distiller.system.cli import InputError
 
 
 class UnseenItems:
-    """For every user, the items outside a given list, in ascending order, by rank.
+    """A look-up of the items outside every user's list, by rank in ascending order.
 
-    A user's sorted list t_0 < t_1 < ... has t_j - j other items below t_j. So the item of rank r outside it
-    is r + |{j : t_j - j <= r}|: one binary search, exact, with no rejected draws.
+    If a user's sorted list is t_0 < t_1 < ..., then t_j - j items outside it are below t_j. So the item of rank r
+    outside the list is r + |{j : t_j - j <= r}|, which takes one binary search, is exact and rejects no draws.
 
     Args:
-        users: (P,) user ids.
-        items: (P,) item ids, a pair with each user id. A repeated pair counts once.
-        nb_users: U.
-        nb_items: I.
-        device: Where look-ups run.
+        users: (P,) user ids of the pairs that make up the lists.
+        items: (P,) item ids of the pairs. A repeated pair counts once.
+        nb_users: U, the number of users.
+        nb_items: I, the number of items.
+        device: The device that look-ups run on.
+
+    Attributes:
+        counts: (U,) int64, the number of items outside each user's list.
     """
 
     def __init__(
@@ -46,17 +52,17 @@ class UnseenItems:
         below = pairs - sorted_users * nb_items - (np.arange(len(pairs)) - start[sorted_users])
         self._keys = torch.from_numpy(sorted_users * self._stride + below).to(device)
         self._start = torch.from_numpy(start).to(device)
-        self.counts = torch.from_numpy(nb_items - listed).to(device)  # (U,) int64: items outside the list
+        self.counts = torch.from_numpy(nb_items - listed).to(device)
 
     def item(self, users: Tensor, ranks: Tensor) -> Tensor:
-        """The items outside the users' lists that have the given ranks.
+        """Return the items of the given ranks outside the users' lists.
 
         Args:
-            users: (N,) int64.
-            ranks: (N,) int64, each in [0, ``counts[user]``).
+            users: (N,) int64 row numbers of the users.
+            ranks: (N,) int64 ranks, each in [0, ``counts[user]``).
 
         Returns:
-            (N,) int64.
+            (N,) int64 row numbers of the items.
         """
         below = torch.searchsorted(self._keys, users * self._stride + ranks, right=True)
         return ranks + below - self._start[users]
@@ -68,10 +74,16 @@ USERS_PER_BLOCK = 2048  # 2 M negatives at 999 each: 16 MB as int64
 def draw_negatives(
     candidates: UnseenItems, nb_negatives: int, seed: int | list[int], distinct: bool
 ) -> Iterator[np.ndarray]:
-    """Yield negatives, (up to ``USERS_PER_BLOCK``, C) int64, user after user.
+    """Draw negatives for all users and yield them in blocks of up to ``USERS_PER_BLOCK`` users, (users, C) int64.
 
-    Each user's draws are ``RandomState(seed).randint(0, m, size=C)``, the ranks of the negatives among her m
-    candidates in ascending order: what the original draws. ``distinct`` draws ranks without replacement.
+    For each user in turn, the ranks of the negatives among the user's m candidates are ``randint(0, m, size=C)`` of one
+    ``RandomState(seed)``. These are the draws of the original implementation.
+
+    Args:
+        candidates: The items outside every user's list, which negatives are drawn from.
+        nb_negatives: C, the number of negatives of each user.
+        seed: The seed of ``RandomState``.
+        distinct: Draw ranks without replacement.
     """
     random = np.random.RandomState(seed)
     counts = candidates.counts.numpy()
@@ -87,7 +99,7 @@ def draw_negatives(
 
 
 def keep(blocks: Iterable[np.ndarray], into: np.ndarray) -> Iterator[np.ndarray]:
-    """Pass blocks of rows on and leave them in ``into``, one after the other."""
+    """Yield blocks of rows, after copying each into the next rows of ``into``."""
     start = 0
     for block in blocks:
         into[start : start + len(block)] = block
@@ -96,7 +108,14 @@ def keep(blocks: Iterable[np.ndarray], into: np.ndarray) -> Iterator[np.ndarray]
 
 
 def check_unrated(path: Path, unrated: np.ndarray, user_ids: np.ndarray, needed: int) -> None:
-    """Raise an ``InputError`` that names a user with fewer than ``needed`` unrated items."""
+    """Raise an ``InputError`` that names a user with fewer than ``needed`` unrated items, if there is one.
+
+    Args:
+        path: The ratings file, for the message.
+        unrated: (U,) the number of items that each user has not rated.
+        user_ids: (U,) the users' ids in the ratings file.
+        needed: The number of unrated items that every user needs.
+    """
     short = np.flatnonzero(unrated < needed)
     if not short.size:
         return

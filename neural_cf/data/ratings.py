@@ -1,4 +1,7 @@
-"""Ratings files, read and numbered."""
+"""Reading of ratings files, and numbering of their users and items.
+
+Shapes: R ratings, U users, I items.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +19,19 @@ from distiller.system.tables import read_columns
 
 CSV_HEADER = "userId,movieId,rating,timestamp"
 COLUMNS = {"user": pa.int64(), "item": pa.int64(), "rating": pa.float64(), "timestamp": pa.int64()}
-MIN_RATINGS = 20  # MovieLens keeps users with at least 20 ratings; the original drops the others too
+MIN_RATINGS = 20  # per user, as in MovieLens; the original implementation drops users with fewer, too
 
 
 @dataclass(frozen=True)
 class Ratings:
-    """Ratings in file order, users and items numbered by first appearance.
+    """The ratings of a file in its order, with users and items numbered by first appearance.
 
     Attributes:
-        users: (R,) int64 in [0, U).
-        items: (R,) int64 in [0, I).
-        times: (R,) int64, seconds.
-        user_ids: (U,) int64, the file's ids.
-        item_ids: (I,) int64, the file's ids.
+        users: (R,) int64 numbers of the users, in [0, U).
+        items: (R,) int64 numbers of the items, in [0, I).
+        times: (R,) int64 timestamps in seconds.
+        user_ids: (U,) int64, the users' ids in the file.
+        item_ids: (I,) int64, the items' ids in the file.
     """
 
     users: np.ndarray
@@ -39,10 +42,11 @@ class Ratings:
 
 
 def sniff_format(path: Path) -> tuple[str, bool]:
-    """The file's delimiter and whether it has a header.
+    """Return a ratings file's delimiter and whether it has a header, from its first line.
 
     Raises:
-        InputError: the first line is none of MovieLens's.
+        InputError: the first line is in none of MovieLens's formats.
+        OSError: the file cannot be read; the error's ``filename`` is ``path``.
     """
     with errors_named(path), open(path, "rb") as file:
         first = file.readline(1024).decode(errors="replace").rstrip("\r\n")
@@ -57,12 +61,13 @@ def sniff_format(path: Path) -> tuple[str, bool]:
 
 
 def read_ratings(path: Path) -> Ratings:
-    """Read and number the ratings of the users who have at least ``MIN_RATINGS``.
+    """Read the ratings of the users who have at least ``MIN_RATINGS``, and number users and items.
 
-    Where a user has rated an item more than once, the latest rating alone counts.
+    If a user has rated an item more than once, only the latest rating counts.
 
     Raises:
-        InputError: naming file and line for malformed input; or fewer than 2 users or items are left.
+        InputError: a line is malformed (the message names file and line), or fewer than 2 users or items are left.
+        OSError: the file cannot be read; the error's ``filename`` is ``path``.
     """
     delimiter, header = sniff_format(path)
     table = read_columns(path, delimiter, COLUMNS, header, unsigned={"user", "item"})
@@ -85,7 +90,7 @@ def read_ratings(path: Path) -> Ratings:
 
 
 def repeated(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """(R,) bool: the ratings whose user rated the same item again later (by time, then by line)."""
+    """Return (R,) bool: which ratings' users have rated the same item again later, by time and then by line."""
     user_codes, _ = pd.factorize(users)
     item_codes, item_ids = pd.factorize(items)
     pairs = user_codes * len(item_ids) + item_codes
@@ -98,7 +103,7 @@ def repeated(users: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndar
 
 
 def last_rows(users: np.ndarray, times: np.ndarray, nb_users: int) -> np.ndarray:
-    """(U,) the row of each user's last rating by time, the later row where times tie."""
+    """Return the (U,) rows of each user's last rating by time; of ratings at the same time the last row counts."""
     latest = np.full(nb_users, np.iinfo(np.int64).min)
     np.maximum.at(latest, users, times)
     rows = np.flatnonzero(times == latest[users])

@@ -2,15 +2,15 @@
 
     neural-cf synthetic OUT [--users N] [--items N] [--ratings N] [--seed S]
 
-It has what the real ones have and a recommender needs: a few items with many of the ratings, a few users with
-many times the ratings of the others, tastes that can be learned, and times in bursts with ties. A user's items
-are a weighted sample without replacement, where item i weighs
+The file has the properties of real ratings that matter to a recommender: a few items get many of the ratings, a few
+users give many times the ratings of the others, tastes can be learned, and times come in bursts with ties. The items
+that a user rates are a weighted sample without replacement, in which the weight of item i is
 
     popularity[i] * exp(<taste of the user, trait of item i>)
 
-It is the first k arrivals of a race in which item i's time is exponential with that rate, an exact sample at
-any density (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir"). So that no
-item goes unrated, each has one user who is drawn beforehand.
+The sample of k items is the first k arrivals of a race in which item i's arrival time is exponentially distributed with
+its weight as the rate. This is exact at any density (Efraimidis and Spirakis 2006, "Weighted random sampling with a
+reservoir"). One rater of each item is drawn beforehand, so that every item is rated.
 """
 
 from __future__ import annotations
@@ -26,43 +26,49 @@ from tqdm import tqdm
 from distiller.system.files import atomic_write
 
 MIN_RATINGS_PER_USER = 20  # as in every MovieLens set; a conversion drops users with fewer
-MIN_UNRATED_PER_USER = 2  # leaves a conversion negatives to draw from, for every user
-MAX_COUNT = 10_000_000  # users or items; above any public set, and one user's row of weights stays at 40 MB
-MAX_SEED = 2**32 - 1  # what numpy.random.RandomState takes, so that a seed good for one script is for all
-# Activity, popularity and tastes were fitted together to ml-1m, at its size. There the median user has 89
-# ratings (really 96), the top tenth of the items has 37 % of them (44 %; at ml-20m's size 81 %), and HR@10
-# against 99 negatives is 0.49 by popularity (0.43) and 0.73 by a truncated SVD of rank 16 (0.68).
-ACTIVITY_SIGMA = 1.2  # of the log of what a user rates above the minimum
+MIN_UNRATED_PER_USER = 2  # so that a conversion has negatives to draw from, for every user
+MAX_COUNT = 10_000_000  # users or items: more than in any public set, and still only 40 MB for a user's row of weights
+MAX_SEED = 2**32 - 1  # the limit of numpy.random.RandomState: a seed valid here is valid for all commands
+# Activity, popularity and tastes were fitted together to ml-1m. In a synthetic set of its size (and in ml-1m itself),
+# the median user has 89 ratings (96), the top tenth of the items has 37 % of the ratings (44 %), and the hit rate HR@10
+# against 99 negatives is 0.49 by popularity (0.43) and 0.73 by a truncated SVD of rank 16 (0.68). In a set of ml-20m's
+# size, the top tenth has 81 % of the ratings.
+ACTIVITY_SIGMA = 1.2  # standard deviation of the log of a user's number of ratings above the minimum
 POPULARITY_EXPONENT = 2.0  # popularity = (rank + head) ** -exponent, the law of Zipf and Mandelbrot
-# In mean user activities: nobody rates an item twice, so a head much shorter than a user's list would be
-# rated by everybody. With this one a quarter of the users rates the first item; in ml-1m 57 % do.
+# The head in units of the mean number of ratings of a user. Nobody rates an item twice, so that everybody would rate
+# the items of a head much shorter than a user's list. With 2, a quarter of the users rate the first item; in ml-1m 57 %
+# do.
 POPULARITY_HEAD = 2.0
 TASTE_RANK = 8  # directions of taste: few enough for the smallest NeuMF that is in use to learn
 TASTE_STRENGTH = 2.0  # standard deviation of an item's log weight over the users
-# Stars: near ml-20m's mean of 3.5 and deviation of 1.05, since users rate what they like, far above 0.
+# Stars from affinity. Since users rate what they like, at affinities far above 0, these give about ml-20m's mean of 3.5
+# and standard deviation of 1.05.
 RATING_OFFSET, RATING_PER_AFFINITY, RATING_NOISE = 2.6, 0.35, 0.85
-# Texts, because Arrow writes the float 4.0 as 4.
+# As text, because Arrow writes the float 4.0 as 4.
 RATING_TEXTS = pa.array([str(half_steps / 2) for half_steps in range(1, 11)])
 FIRST_DAY_S, LAST_DAY_S = 789_652_009, 1_427_784_002  # ml-20m's first and last timestamps: 1995-01 to 2015-03
-# From one rating to the next, fitted to ml-100k: nothing (a tie), a step in a burst, a pause between bursts.
+# Seconds from one rating of a user to the next, fitted to ml-100k: none (a tie), a step in a burst, a pause between
+# bursts.
 GAP_SHARES = (0.50, 0.48, 0.02)
 GAP_MEANS_S = np.array([0.0, 60.0, 12 * 86_400.0])
-# Users are drawn in blocks of about this many weights, 8 MB a matrix. Half and twice as many are no faster.
+# Users are drawn in blocks of about this many weights, 8 MB in a matrix. Half or twice as many are no faster.
 BLOCK_WEIGHTS = 2**21
-# Written here, because the oldest pyarrow in use cannot leave the quotes off the names.
+# Written as bytes, because the oldest supported pyarrow cannot omit the quotes around names.
 HEADER = b"userId,movieId,rating,timestamp\n"
 CSV_OPTIONS = pa.csv.WriteOptions(include_header=False, quoting_style="none")
 
 
 class Market(NamedTuple):
-    """Who rates how much and what. U users, I items; both are counted from 0 here, and from 1 in the file.
+    """The properties of U users and I items from which ratings are drawn; both are numbered from 0.
+
+    In the file, users and items are numbered from 1.
 
     Attributes:
         activity: (U,) int64, the number of ratings of each user.
-        first_raters: (I,) int64, for each item a user who certainly rates it.
-        tastes: (U, TASTE_RANK) float32.
-        traits: (TASTE_RANK, I) float32, columns of length 1.
-        log_popularity: (I,) float32, up to a constant.
+        first_raters: (I,) int64, for each item the user who is certain to rate it.
+        tastes: (U, TASTE_RANK) float32, the taste vectors of the users.
+        traits: (TASTE_RANK, I) float32, the trait vectors of the items, each of length 1.
+        log_popularity: (I,) float32, the logs of the items' popularities, up to a constant.
     """
 
     activity: np.ndarray
@@ -73,7 +79,7 @@ class Market(NamedTuple):
 
 
 def draw_market(num_users: int, num_items: int, num_ratings: int, rng: np.random.Generator) -> Market:
-    """Draw the users and the items of a set whose counts ``check_counts`` has passed."""
+    """Draw the users and the items; ``check_counts`` must have accepted the three numbers."""
     activity = draw_activity(num_users, num_items, num_ratings, rng)
     tastes = TASTE_STRENGTH * rng.standard_normal((num_users, TASTE_RANK), dtype=np.float32)
     traits = rng.standard_normal((TASTE_RANK, num_items), dtype=np.float32)
@@ -85,42 +91,42 @@ def draw_market(num_users: int, num_items: int, num_ratings: int, rng: np.random
 
 
 def draw_activity(num_users: int, num_items: int, num_ratings: int, rng: np.random.Generator) -> np.ndarray:
-    """Share ``num_ratings`` out: the minimum to each user, the rest lognormally, as far as the items allow.
+    """Draw the users' numbers of ratings: the minimum, and a lognormal share of the rest, up to the item limit.
 
     Returns:
-        (num_users,) int64 that sum to ``num_ratings``, each at least ``MIN_RATINGS_PER_USER`` and at most
+        (num_users,) int64 numbers that sum to ``num_ratings``, each at least ``MIN_RATINGS_PER_USER`` and at most
         ``num_items - MIN_UNRATED_PER_USER``.
     """
     shares = np.exp(ACTIVITY_SIGMA * rng.standard_normal(num_users))
     room = num_items - MIN_UNRATED_PER_USER - MIN_RATINGS_PER_USER
     target = num_ratings - MIN_RATINGS_PER_USER * num_users
     low, high = 0.0, room / shares.min()
-    for _ in range(64):  # halvings, after which the total is off by far less than one rating
+    for _ in range(64):  # halvings, after which the total is wrong by far less than one rating
         middle = (low + high) / 2
         low, high = (middle, high) if np.minimum(middle * shares, room).sum() <= target else (low, middle)
     extra = np.minimum(low * shares, room).astype(np.int64)
-    # Rounding down has cost each user with room left less than one rating, so there are enough of them.
+    # Rounding down took less than one rating from each user with room left, so that there are enough such users.
     extra[rng.choice(np.flatnonzero(extra < room), target - extra.sum(), replace=False)] += 1
     return MIN_RATINGS_PER_USER + extra
 
 
 def draw_first_raters(activity: np.ndarray, num_items: int, rng: np.random.Generator) -> np.ndarray:
-    """Give each item a first rater, so that none goes unrated, and no user more items than their activity.
+    """Draw a first rater of each item, so that every item is rated, within the users' activity.
 
     Returns:
-        (num_items,) int64 users.
+        (num_items,) int64 numbers of the users.
     """
     slots = rng.choice(activity.sum(), num_items, replace=False)
     return np.searchsorted(np.cumsum(activity), slots, side="right")
 
 
 def draw_items(market: Market, start: int, stop: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw what users ``start`` to ``stop`` rate, each user's items in random order.
+    """Draw the items that users ``start`` .. ``stop`` - 1 rate, each user's in random order.
 
     Returns:
         (sum of their activity,) int64 items, user after user; no item twice for one user.
     """
-    # Not by @: on a busy machine the threads of BLAS wait for one another, and all takes three times as long.
+    # Not by @: on a busy machine the threads of BLAS wait for one another, which makes it three times as slow.
     arrivals = np.einsum("ur,ri->ui", market.tastes[start:stop], market.traits)
     arrivals += market.log_popularity
     np.exp(np.negative(arrivals, out=arrivals), out=arrivals)
@@ -129,17 +135,17 @@ def draw_items(market: Market, start: int, stop: int, rng: np.random.Generator) 
     arrivals[market.first_raters[given] - start, given] = -1.0  # before every other arrival
     return np.concatenate(
         [
-            rng.permutation(np.argpartition(row, count)[:count])  # partitions leave the heavy ones in front
+            rng.permutation(np.argpartition(row, count)[:count])  # a partition leaves heavier items in front
             for row, count in zip(arrivals, market.activity[start:stop], strict=True)
         ]
     )
 
 
 def draw_rating_codes(affinities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw ratings that follow the users' liking of the items, (n,) float32.
+    """Draw ratings that rise with the users' affinities to the items, (n,) float32.
 
     Returns:
-        (n,) int64 in 0..9, for 0.5 to 5.0 stars.
+        (n,) int64 indices into ``RATING_TEXTS``, 0 .. 9 for 0.5 to 5.0 stars.
     """
     stars = (
         RATING_OFFSET + RATING_PER_AFFINITY * affinities + RATING_NOISE * rng.standard_normal(len(affinities))
@@ -148,10 +154,10 @@ def draw_rating_codes(affinities: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def draw_times(activity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw times that never decrease within a user, from a first day that differs between users.
+    """Draw the times of all ratings, which start at a random time for each user and never decrease.
 
     Returns:
-        (sum of activity,) int64, seconds since 1970.
+        (sum of activity,) int64 times, in seconds since 1970.
     """
     means_s = rng.choice(GAP_MEANS_S, activity.sum(), p=GAP_SHARES)
     clock = np.cumsum((means_s * rng.standard_exponential(len(means_s))).astype(np.int64))
@@ -161,7 +167,7 @@ def draw_times(activity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_block(market: Market, start: int, stop: int, rng: np.random.Generator) -> pa.Table:
-    """Draw the rows of users ``start`` to ``stop``, as they go into the file."""
+    """Draw the file's rows for users ``start`` .. ``stop`` - 1."""
     activity = market.activity[start:stop]
     users = np.repeat(np.arange(start, stop), activity)
     items = draw_items(market, start, stop, rng)
@@ -172,10 +178,17 @@ def draw_block(market: Market, start: int, stop: int, rng: np.random.Generator) 
 
 
 def write_ratings(path: Path, num_users: int, num_items: int, num_ratings: int, seed: int) -> None:
-    """Write the whole file, block after block; the same arguments give the same bytes.
+    """Write a synthetic ratings file; the same arguments give the same bytes.
+
+    Args:
+        path: The file.
+        num_users: The number of users.
+        num_items: The number of items.
+        num_ratings: The number of ratings.
+        seed: The seed of all draws.
 
     Raises:
-        OSError: ``path``, which it names, cannot be written; what was there before is still there.
+        OSError: the file cannot be written; the error names it, and what was there before is still there.
     """
     rng = np.random.default_rng(seed)
     market = draw_market(num_users, num_items, num_ratings, rng)

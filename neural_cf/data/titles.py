@@ -1,4 +1,4 @@
-"""Titles of items, from MovieLens's files and from the one that a split keeps."""
+"""Titles of items, read from MovieLens's movies files and from the titles file of a split."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 from distiller.system.cli import InputError
 from distiller.system.naming import errors_named
 
-# Beside the ratings: of ml-20m, 25m and 32m; of ml-1m and ml-10m; of ml-100k.
+# The movies files of ml-20m, 25m and 32m; of ml-1m and ml-10m; of ml-100k.
 MOVIES_FILES = ("movies.csv", "movies.dat", "u.item")
-TITLES = "titles.csv"  # in a split
+TITLES = "titles.csv"  # the titles file in a split's directory
 HEADER = ("movieId", "title")
-ITEM = re.compile(r"[0-9]{1,19}")  # of the digits that int64 has
+ITEM = re.compile(r"[0-9]{1,19}")  # as many digits as an int64 can have
 
 
 def movies_beside(ratings: Path) -> Path | None:
-    """The movies file in the directory of a ratings file; None where there is none."""
+    """Return the movies file in the directory of a ratings file; None if there is none."""
     return next((path for name in MOVIES_FILES if (path := ratings.parent / name).is_file()), None)
 
 
 def read_titles(path: Path) -> dict[int, str]:
-    """Titles by the items' original ids.
+    """Read a movies or titles file and return the titles by the items' original ids.
 
-    The format is told by content: CSV with a header, or fields between ``::`` or ``|`` without one. So is the encoding:
-    UTF-8, or Latin-1 where the file is not that (ml-100k and ml-1m).
+    The content tells the format, which is CSV with a header, or fields separated by ``::`` or ``|`` without one. The
+    encoding is UTF-8 or, for a file that is not valid UTF-8, Latin-1 (ml-100k and ml-1m).
 
     Raises:
-        InputError: naming file and line of what is no id or has no title.
-        OSError: it cannot be read.
+        InputError: a line has no id or no title (the message names file and line), or there is no title at all.
+        OSError: the file cannot be read; the error's ``filename`` is ``path``.
     """
     with errors_named(path):
         content = path.read_bytes()
@@ -51,7 +51,7 @@ def read_titles(path: Path) -> dict[int, str]:
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The lines' numbers and fields, of those that are not empty; an ``InputError`` where CSV is malformed."""
+    """Yield the numbers and fields of the lines that are not empty; raise an ``InputError`` for malformed CSV."""
     first = text.partition("\n")[0]
     if first.startswith(",".join(HEADER)):
         reader = csv.reader(io.StringIO(text, newline=""))
@@ -68,7 +68,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def write_titles(titles: dict[int, str], items: Iterable[int], path: Path) -> None:
-    """Write the titles of these items that have one, for ``read_titles``."""
+    """Write the titles of those ``items`` that have one to a file for ``read_titles``."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(HEADER)

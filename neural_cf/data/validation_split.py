@@ -1,4 +1,6 @@
-"""``--validate``: epochs chosen by the item before the last, which training then leaves out.
+"""The split for ``--validate``: the best epoch is chosen by every user's item before the last.
+
+Training then leaves that item out.
 
 Shapes: U users.
 """
@@ -14,21 +16,22 @@ from distiller.system.cli import InputError
 from neural_cf.data.negatives import UnseenItems, draw_negatives, keep
 from neural_cf.split import Split
 
-STREAM = 1  # beside a split's seed: negatives of validation are others than those of the test
+STREAM = 1  # goes with the split's seed, so that validation has other negatives than the test
 
 
 def validation_split(split: Split, path: Path) -> Split:
-    """The split as it would be without every user's last item, which stays unseen.
+    """Return the split that ``split`` would be without every user's last item, which stays unseen.
 
-    Its test items are the items before the last, training pairs are the others, and negatives are drawn by the split's
-    own rule: as many, likewise with or without replacement, uniform over what training leaves unseen.
+    Its test items are the items before the last, and its training pairs are the others. Negatives are drawn by the rule
+    of ``split``: equally many, equally with or without replacement, and uniformly from the items unseen in training.
 
     Args:
-        split: As converted.
-        path: Its directory, for messages.
+        split: The split as converted from ratings.
+        path: The split's directory, for messages.
 
     Raises:
-        InputError: it does not say which item is the one before the last, or that one is not in training or all of it.
+        InputError: the split does not say which item comes before the last, or a user's item before the last is not in
+            training, or is all that the user has there.
     """
     if split.validation_items is None or split.seed is None:
         raise InputError(
@@ -44,7 +47,7 @@ def validation_split(split: Split, path: Path) -> Split:
         )
     users, items = users[kept], items[kept]
     negatives = np.empty_like(split.negatives)
-    if split.distinct_negatives:  # and so without the item that they are to be ranked with
+    if split.distinct_negatives:  # then also without the item that they are ranked against
         seen = UnseenItems(split.train_users, split.train_items, split.nb_users, split.nb_items)
     else:
         seen = UnseenItems(users, items, split.nb_users, split.nb_items)

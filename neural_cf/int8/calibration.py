@@ -1,8 +1,7 @@
-"""The data that a model is shown for calibration: test users' candidates or training pairs."""
+"""The data that a model is shown for calibration: test users' candidates, or training pairs."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from contextlib import closing
 from functools import partial
 
@@ -14,27 +13,40 @@ from distiller.calibration import TestFunction
 from distiller.system.cli import InputError
 from neural_cf.data.batches import TrainingBatches
 from neural_cf.ranking.candidates import first_users, score_all
-from neural_cf.split import Split
+from neural_cf.runs.run import Run
+
+
+def calibration_data(run: Run, share: float) -> TestFunction:
+    """Return a function that shows a model a share of the data that ``--calibrate-on`` names.
+
+    Args:
+        run: The run.
+        share: The share of the test users, the first ones, or of the training pairs; above 0, at most 1.
+
+    Returns:
+        It takes a model and calls it on batches of as many pairs as a user has candidates.
+
+    Raises:
+        InputError: there are fewer training pairs than one batch has.
+    """
+    settings, split = run.settings, run.split
+    if settings.calibrate_on == "test":
+        return partial(score_all, split=split, nb_users=first_users(split, share), device=run.device)
+    size = split.nb_candidates
+    batches = TrainingBatches(split, size, settings.negative_samples, settings.seed, run.device)
+    if batches.nb_samples < size:
+        raise InputError(
+            f"--calibrate-on train: {batches.nb_samples} training pairs are fewer than one user's "
+            f"{size} candidates, which a batch is to be of"
+        )
+    return partial(score_training_pairs, batches=batches, share=share)
 
 
 @torch.inference_mode()
 def score_training_pairs(model: nn.Module, batches: TrainingBatches, share: float) -> None:
-    """Score a share of an epoch's whole batches, at least one, for whoever watches the model at it."""
+    """Call a model on a share of an epoch's whole batches, at least one, for whoever watches it at that."""
     whole = batches.nb_samples // batches.batch_size
     with closing(batches.epoch(0)) as samples:
         for _ in trange(max(1, round(share * whole)), desc="Score training pairs", unit="batch"):
             batch = next(samples)
             model(batch.users, batch.items, sigmoid=True)
-
-
-def calibration_pass(args: Namespace, split: Split, device: torch.device, share: float) -> TestFunction:
-    """What scores ``share`` of the data asked for, in batches of as many pairs as a user has candidates."""
-    if args.calibrate_on == "train":
-        batches = TrainingBatches(split, split.nb_candidates, args.negative_samples, args.seed, device)
-        if batches.nb_samples < split.nb_candidates:
-            raise InputError(
-                f"--calibrate-on train: {batches.nb_samples} training pairs are fewer than one user's "
-                f"{split.nb_candidates} candidates, which a batch is to be of"
-            )
-        return partial(score_training_pairs, batches=batches, share=share)
-    return partial(score_all, split=split, nb_users=first_users(split, share), device=device)

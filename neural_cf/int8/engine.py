@@ -1,7 +1,7 @@
-"""NeuMF in integers: scores equal to those of the prepared model that simulates them in floats, bit for bit.
+"""NeuMF in integers. Its scores equal, bit for bit, those of the prepared model that simulates it in floats.
 
-What belongs to a user or to an item alone is computed once and not once per pair. That holds for the first layer too,
-which acts on [user, item]: its sum is one of the user plus one of the item.
+What depends on a user or an item alone is computed once and not for every pair. That includes the first MLP layer:
+it acts on [user, item], so its accumulator is a sum of the user's plus a sum of the item's.
 
 Shapes: B users, C items of each, N = B * C pairs, I items in all, F = mf_dim, L_0 .. L_n = mlp_layer_sizes.
 """
@@ -40,19 +40,20 @@ TABLES = ("mf_user_embed", "mf_item_embed", "mlp_user_embed", "mlp_item_embed")
 
 
 class IntegerNeuMF:
-    """Scores items for users on 8-bit integers with 32-bit sums.
+    """A scorer that computes NeuMF on 8-bit integers with 32-bit accumulators.
 
-    What is not multiplied for every pair may have up to 16 bits: the first layer's inputs, the product of embeddings
-    and the last ReLU's output. The layers after these two may also be left in float, or have any other settings: then
-    they run as they are in the model.
+    Activations may have up to 16 bits. Where a linear layer that is computed for every pair reads more than 8 bits, it
+    takes a second matrix product. Weights have up to 8 bits, except those of the first layer, which is not computed for
+    every pair. The layers after the product of embeddings and the last ReLU may be left in float, or have any other
+    settings, and then run as they are in the model.
 
     Args:
-        model: Prepared by ``PostTrainLinearQuantizer``, with ranges from statistics.
-        compiled: Compute with ``torch.compile``, for as many users and items as the first call has.
+        model: A model prepared by ``PostTrainLinearQuantizer`` with ranges from calibration statistics.
+        compiled: Compute with ``torch.compile``, for the numbers of users and items of the first call.
 
     Raises:
-        NotIntegerError: a layer up to there is left in float, finds its ranges on every batch or has more bits; or sums
-            may pass 32 bits, or ranges what float32 holds.
+        NotIntegerError: a layer that must be in integers is left in float, finds its ranges on every batch or has too
+            many bits; or sums may exceed 32 bits; or float32 cannot represent a range.
     """
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class IntegerNeuMF:
         self._parts = InParts(COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE)
 
     def _prepare_product(self) -> None:
-        """The items' side of the product of embeddings: (I, F) integers, and their parameters."""
+        """Prepare the product of embeddings: its requantizer, and the items' (I, F) integers and scales."""
         model, items = self._model, self._model.mf_item_embed.params
         scales = [table.params.scale for table in (model.mf_user_embed, model.mf_item_embed)]
         for table in (model.mf_user_embed, model.mf_item_embed):
@@ -89,7 +90,7 @@ class IntegerNeuMF:
             torch.stack(bounds).prod() for bounds in zip(*(x.aminmax() for x in scales), strict=True)
         )
         require_finite("mf_mult", self._product.factor_of(torch.stack([least, greatest])))
-        # Of 8 bits, and without their zero points: compiled, 16 bits to float32 are not vectorized.
+        # They stay in 8 bits, so without their zero points: compiled code does not vectorize 16 bits to float32.
         self._item_integers = model.mf_item_embed.integers()
         rows = len(self._item_integers) if self._scale_by_row else 1
         self._item_scales, self._item_zero_points = (
@@ -97,7 +98,7 @@ class IntegerNeuMF:
         )
 
     def _prepare_final(self, mf_dim: int, mlp_dim: int) -> None:
-        """The final linear layers, those of them that are computed in integers, and the last layers that are."""
+        """Prepare the final linear layers and find the last layers that are computed in integers."""
         model = self._model
         self._joint: IntegerLinear | None = None
         self._branches: list[IntegerLinear | None] = [None, None]
@@ -119,8 +120,8 @@ class IntegerNeuMF:
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
-        """The probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
-        outputs = self._parts(self._final_outputs, *self._of_users(users), items).flatten(0, 1)
+        """Return the probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
+        outputs = self._parts(self._final_outputs, *self._user_sides(users), items).flatten(0, 1)
         logits = [
             carry(x, layer.fixed_output) if isinstance(layer, QuantizedModule) else x
             for x, layer in zip(outputs.split(1, dim=1), self._finals, strict=True)
@@ -128,15 +129,18 @@ class IntegerNeuMF:
         logit = self._model.final_add(*logits) if self._model.split_final else logits[0]
         return self._model.sigmoid(logit).view(items.shape)
 
-    def _final_outputs(self, *users: Tensor) -> Tensor:
-        """What the final linear layers put out: (B, C, 1) or, split, (B, C, 2)."""
-        return self._of_pairs(*users).view(len(users[0]), users[-1].shape[1], -1)
+    def _final_outputs(self, *sides: Tensor) -> Tensor:
+        """Return the outputs of the final linear layers: (B, C, 1), or (B, C, 2) where they are split.
 
-    def _of_pairs(self, *users: Tensor) -> Tensor:
-        """The same: (N, 1) or (N, 2)."""
+        ``sides`` are the tensors of ``_user_sides`` and the items (B, C).
+        """
+        return self._pair_outputs(*sides).view(len(sides[0]), sides[-1].shape[1], -1)
+
+    def _pair_outputs(self, *sides: Tensor) -> Tensor:
+        """Return what ``_final_outputs`` returns, as (N, 1) or (N, 2)."""
         values = [
             carry(x, layer.fixed_output)
-            for x, layer in zip(self._in_integers(*users), self._last, strict=True)
+            for x, layer in zip(self._in_integers(*sides), self._last, strict=True)
         ]
         if self._joint:
             return values[0]
@@ -145,10 +149,12 @@ class IntegerNeuMF:
         finals = zip(values, self._branches, self._finals, strict=True)
         return torch.cat([x if branch else final(x) for x, branch, final in finals], dim=1)
 
-    def _of_users(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What users bring to the first layer's sums, (B, L_1), and to the product of embeddings.
+    def _user_sides(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what depends on the users alone.
 
-        That is (B, F) integers in units of their scales, and these, (B, 1).
+        Returns:
+            (B, L_1), the users' sums in the first layer; (B, F), their integers in the product of embeddings; and
+            (B, 1), the scales of these integers.
         """
         q, params = self._model.mf_user_embed.lookup(users)
         sums = self._first.sums_of(0, *self._model.mlp_user_embed.lookup(users))
@@ -157,8 +163,11 @@ class IntegerNeuMF:
     def _integers(
         self, user_sums: Tensor, user_factors: Tensor, user_scales: Tensor, items: Tensor
     ) -> list[Tensor]:
-        """What the last layers that are computed in integers hand on: N rows each."""
-        mf, hidden = self._multiplied(user_factors, user_scales, items), self._hidden(user_sums, items)
+        """Return the dequantized outputs of the last integer layers, with N rows each."""
+        mf, hidden = (
+            self._embedding_products(user_factors, user_scales, items),
+            self._hidden(user_sums, items),
+        )
         if self._joint:
             integers = [self._joint(mf, hidden)]
         else:
@@ -166,8 +175,8 @@ class IntegerNeuMF:
             integers = [branch(q) if branch else q for branch, q in branches]
         return [dequantize(q, layer.fixed_output) for q, layer in zip(integers, self._last, strict=True)]
 
-    def _multiplied(self, user_factors: Tensor, user_scales: Tensor, items: Tensor) -> Tensor:
-        """Of the product of both embeddings: (N, F)."""
+    def _embedding_products(self, user_factors: Tensor, user_scales: Tensor, items: Tensor) -> Tensor:
+        """Return the product of user and item embeddings as integers, (N, F)."""
         flat = items.flatten()
         factors = self._item_integers.index_select(0, flat).float()
         if not self._scale_by_row:
@@ -179,7 +188,7 @@ class IntegerNeuMF:
         return self._product(products.flatten(0, 1), scales.view(-1, 1))
 
     def _hidden(self, user_sums: Tensor, items: Tensor) -> Tensor:
-        """Of the last ReLU: (N, L_n)."""
+        """Return the output of the last ReLU as integers, (N, L_n)."""
         q = self._first.output(sum_of_sides(self._item_sums, items, user_sums))
         for linear in self._later:
             q = linear(q)
@@ -187,13 +196,13 @@ class IntegerNeuMF:
 
 
 def own_relu(model: NeuMF, i: int) -> tuple[str, FakeQuantized] | None:
-    """The name and the module of a ReLU that is quantized by itself; None where its linear layer applies it."""
+    """Return name and module of the ReLU after ``mlp.i``, or None if that linear layer applies it itself."""
     relu = model.mlp_relu[i]
     return (f"mlp_relu.{i}", relu) if isinstance(relu, FakeQuantized) else None
 
 
 def check_layers(model: NeuMF) -> None:
-    """Raise a ``NotIntegerError`` unless all layers but the final ones are quantized, with fixed ranges."""
+    """Raise ``NotIntegerError`` unless all layers but the final ones are quantized, with fixed ranges."""
     linears = [f"mlp.{i}" for i in range(len(model.mlp))]
     kinds: dict[str, type[nn.Module] | UnionType] = dict.fromkeys(TABLES, QuantizedTable)
     kinds |= {"mf_mult": QuantizedMult, "mlp_concat": QuantizedConcat | ScaledConcat}

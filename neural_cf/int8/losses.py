@@ -1,4 +1,4 @@
-"""What quantization costs: tensor by tensor, and layer by layer in HR@k and NDCG@k."""
+"""What quantization costs: the error of each tensor, and hit rate (HR@k) and NDCG@k of each layer alone."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from neural_cf.split import Split
 
 @dataclass(frozen=True)
 class Losses:
-    """What quantization costs.
+    """The cost of quantization, in ranking metrics and in errors of tensors.
 
     Attributes:
-        nb_users: The metrics' users, the first so many.
-        in_float: What the float model ranks them at.
-        quantized: What the quantized model does.
-        alone: What the float model does with one layer quantized, by that layer's name.
-        tensors: Of the quantized layers, a layer's one after the other.
+        nb_users: The metrics are over this many users, the first ones.
+        in_float: Metrics of the float model.
+        quantized: Metrics of the quantized model.
+        alone: Metrics of the float model with a single layer quantized, by the name of that layer.
+        tensors: Errors of the tensors of the quantized layers, layer after layer.
     """
 
     nb_users: int
@@ -47,16 +47,16 @@ def measure_losses(
     k: int,
     device: torch.device,
 ) -> Losses:
-    """Measure what quantization costs, simulated in floats.
+    """Return what quantization costs, measured on a simulation in floats.
 
     Args:
-        model: In float, on ``device``.
-        quantizer: Prepared, of a copy of ``model``.
-        test_fn: Makes a model see the data that tensors are compared on.
-        split: Users and candidates of the metrics.
-        nb_users: The first so many.
-        k: Of HR@k and NDCG@k.
-        device: The models'.
+        model: The float model, on ``device``.
+        quantizer: A quantizer that has prepared a copy of ``model``.
+        test_fn: A function that runs a model on the data for which tensors are compared.
+        split: The split whose test items are ranked for the metrics.
+        nb_users: The number of users for the metrics, the first ones of the split.
+        k: The k of HR@k and NDCG@k.
+        device: The device of the models.
     """
 
     def metrics(scorer: Scorer) -> Metrics:

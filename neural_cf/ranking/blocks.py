@@ -1,4 +1,4 @@
-"""Scoring in blocks that fit the cache, and ever smaller ones where memory runs out."""
+"""Computing scores in blocks of pairs that fit the processor's cache, and in smaller ones where memory runs out."""
 
 from __future__ import annotations
 
@@ -15,50 +15,52 @@ from distiller.system.memory import MEMORY_ERRORS, is_out_of_memory
 
 Computation = TypeVar("Computation", bound=Callable)
 log = logging.getLogger("ncf")
-# Pairs computed with at once. The published model's widest activations, 4000 x 256 float32, then take 4 MB and stay in
-# the cache between layers: with four times as many, two Xeon cores scored 15 % fewer pairs a second in FP32 and 37 %
-# fewer in simulated INT8 (ml-1m, medians of 3 passes, 2026-11-23). Compiled layers leave no such activations.
-# A GPU has no such cache, and wants few trips from the host.
+# Pairs scored at once, by kind of device. The published model's widest activations, 4000 x 256 float32, then take 4 MB
+# and stay in the cache between layers: with four times as many pairs, two Xeon cores scored 15 % fewer pairs a second
+# in FP32 and 37 % fewer in simulated INT8 (ml-1m, medians of 3 passes, 2026-11-23). Compiled layers leave no such
+# activations and can take more pairs. A GPU has no such cache and runs best on few large batches.
 PAIRS_AT_ONCE = {"cpu": 4_000, "cuda": 250_000}
 COMPILED_PAIRS_AT_ONCE = PAIRS_AT_ONCE | {"cpu": 8_000}
-# Items that several users share, at once: their rows stay in the cache from one user to the next.
+# Items scored at once where several users share them: their embeddings stay in the cache from one user to the next.
 ITEMS_AT_ONCE = {"cpu": 250, "cuda": 10_000}
 
 
 class InParts:
-    """Computes functions of tensors for a few users at a time, and for ever fewer where memory runs out.
+    """A runner that computes functions of users and items part by part, in smaller parts where memory runs out.
 
-    Where users share their items, it is for a few of these at a time too.
+    A part is a few users; where all users share their items, it is also only a few of these items.
 
     Args:
-        pairs: So many at a time, on each kind of device.
-        retry: Try with fewer; else running out of memory is an error, for a model that somebody watches.
+        pairs: The greatest number of pairs of user and item in a part, by kind of device.
+        retry: Whether to go on with fewer users after running out of memory. Without it that is an error, as it must
+            be for a model with observers, such as calibration's, which must see each pair once.
     """
 
     def __init__(self, pairs: Mapping[str, int], retry: bool = True):
         self._pairs = pairs
         self._retry = retry
-        self._most: float = math.inf  # users at a time, of those for whom memory sufficed
+        self._most_users: float = math.inf  # in a part: halved whenever memory runs out
 
     def __call__(self, compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        """Compute the results for all users, one after the other.
+        """Return the results for all users, in their order.
 
         Args:
-            compute: Takes the tensors, B rows each, to results (B, C) or (B, C, ...). Shared items come as (1, C).
-            tensors: Their rows are users; the last one is their items (B, C). Users share them where it repeats one
-                row in memory, as ``Tensor.expand`` does.
+            compute: A function of the tensors' parts with the results (B, C) or (B, C, ...). It gets shared items
+                as (1, C).
+            tensors: Tensors with a row for each user; the last one holds their items, (B, C). Users count as sharing
+                these where all rows are one row in memory, as ``Tensor.expand`` makes them.
 
         Raises:
-            MemoryError, RuntimeError: out of memory for a single user.
+            MemoryError, RuntimeError: memory ran out even for a single user, or without ``retry``.
         """
         *of_users, items = tensors
         kind, (nb_users, nb_items) = items.device.type, items.shape
         shared = nb_users == 1 or items.stride(0) == 0
-        # Tiles are of one width: the last one overlaps the one before.
+        # All tiles of items have the same width: the last one overlaps the one before it.
         width = -(-nb_items // -(-nb_items // ITEMS_AT_ONCE[kind])) if shared else nb_items
         results, start = None, 0
         while start < nb_users:
-            users = max(1, min(self._pairs[kind] // width, self._most))
+            users = max(1, min(self._pairs[kind] // width, self._most_users))
             part = [tensor[start : start + users] for tensor in of_users]
             rows = items[:1] if shared else items[start : start + users]
             try:
@@ -68,19 +70,23 @@ class InParts:
                     if results is None:
                         results = values.new_empty(*items.shape, *values.shape[2:])
                     results[start : start + users, left : left + width] = values
-                    # Memory that is given back whole is used again for the next part, while it still is in the cache.
+                    # Freed before the next part is computed, this memory is used for it while still in the cache.
                     del values
             except MEMORY_ERRORS as error:
                 if not self._retry:
                     raise
-                self._most = fewer_users(min(users, nb_users - start), error)
+                self._most_users = fewer_users(min(users, nb_users - start), error)
                 continue
             start += users
         return results
 
 
 def fewer_users(users: int, error: Exception) -> int:
-    """Half as many users at a time, after running out of memory; raises any other error again, and for one user."""
+    """Return half as many users, to go on with after running out of memory.
+
+    Raises:
+        Exception: ``error`` itself, where it is not about memory or there is only one user.
+    """
     if users == 1 or not is_out_of_memory(error):
         raise error
     log.warning("out of memory with %d users at a time: going on with %d", users, users // 2)
@@ -88,7 +94,7 @@ def fewer_users(users: int, error: Exception) -> int:
 
 
 def for_one_shape(compute: Computation) -> Computation:
-    """A function of tensors, compiled for the shapes of its first call; with others it runs as it is."""
+    """Return a function that runs compiled on tensors of its first call's shapes, and uncompiled on any others."""
     compiled, known = torch.compile(compute, dynamic=False, fullgraph=True), []
 
     @functools.wraps(compute)

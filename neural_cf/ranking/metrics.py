@@ -1,4 +1,4 @@
-"""HR@k (hit rate), NDCG@k and MRR@k of ranks."""
+"""Metrics of ranks at a cut-off k: hit rate (HR), NDCG and MRR."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a model ranks its users' test items at, over all users.
+    """The ranking metrics of a model over all users; ranks start at 0.
 
     Attributes:
-        k: The list's length.
-        hr: Share of users whose test item is among the first k.
-        ndcg: Mean of log 2 / log(rank + 2) over users, 0 where the rank is k or more.
-        mrr: Mean of 1 / (rank + 1), likewise.
+        k: The cut-off, the length of a user's list.
+        hr: The share of users whose test item is among the first k.
+        ndcg: The mean over users of log 2 / log(rank + 2), or of 0 where the rank is k or more.
+        mrr: The mean over users of 1 / (rank + 1), or of 0 where the rank is k or more.
     """
 
     k: int
@@ -30,25 +30,25 @@ class Metrics:
 
 
 def metrics_of_ranks(ranks: Tensor, k: int) -> Metrics:
-    """HR@k, NDCG@k and MRR@k of (U,) integer ranks, 0 for the first place, in float64."""
+    """Return the metrics at k of (U,) integer ranks, 0 for the first place, computed in float64."""
     return Metrics(k, **{name: values.mean().item() for name, values in values_of_ranks(ranks, k).items()})
 
 
 def values_of_ranks(ranks: Tensor, k: int) -> dict[str, Tensor]:
-    """Every user's own hr, ndcg and mrr at k, (U,) float64 each."""
+    """Return each user's own hr, ndcg and mrr at k, (U,) float64 each, from (U,) integer ranks."""
     hits = (ranks < k).double()
     return {"hr": hits, "ndcg": gains_of_ranks(ranks, k), "mrr": hits / (ranks + 1)}
 
 
 def describe(metrics: Sequence[Metrics]) -> str:
-    """HR and NDCG at one cut-off; at several of them MRR too, one cut-off after the other."""
+    """Return metrics as a line of text: HR and NDCG at a single cut-off, and MRR too where there are several."""
     if len(metrics) == 1:
         return str(metrics[0])
     return ", ".join(f"{at}, MRR@{at.k} = {at.mrr:.4f}" for at in metrics)
 
 
 def results_of(metrics: Sequence[Metrics]) -> dict[str, float]:
-    """The same by name, for files: hr@k, ndcg@k and, at several cut-offs, mrr@k."""
+    """Return metrics by the names that files have: hr@k and ndcg@k, and mrr@k where there are several cut-offs."""
     results = {}
     for at in metrics:
         results |= {f"hr@{at.k}": at.hr, f"ndcg@{at.k}": at.ndcg}
@@ -57,6 +57,6 @@ def results_of(metrics: Sequence[Metrics]) -> dict[str, float]:
 
 
 def gains_of_ranks(ranks: Tensor, k: int) -> Tensor:
-    """Every user's own NDCG@k, (U,) float64, of (U,) integer ranks; any other shape likewise."""
+    """Return the NDCG@k of each rank, in float64 and in the shape of the ranks."""
     gains = torch.log(torch.tensor(2.0, dtype=torch.float64)) / torch.log(ranks.double() + 2)
     return torch.where(ranks < k, gains, 0.0)

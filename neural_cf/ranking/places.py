@@ -1,6 +1,6 @@
-"""HR@k and NDCG@k over candidate lists (He et al. 2017, section 4.1) or over all items, users in blocks.
+"""Where users' test items rank, among sampled candidates (He et al. 2017, section 4.1) or among all items.
 
-Shapes: U users, B users in a block, C = candidates per user: the negatives, then the test item; L items of a list.
+Shapes: U users, B users in a block, C candidates per user, the last one the test item; L items of a user's list.
 """
 
 from __future__ import annotations
@@ -11,28 +11,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from neural_cf.ranking.candidates import (
-    Candidates,
-    score_catalogue,
-    score_sampled,
-)
-from neural_cf.ranking.metrics import (
-    Metrics,
-    metrics_of_ranks,
-)
+from neural_cf.ranking.candidates import Candidates, score_full, score_sampled
+from neural_cf.ranking.metrics import Metrics, metrics_of_ranks
 from neural_cf.ranking.scorers import Scorer, check_finite_scores
 from neural_cf.runs.processes import Processes
 from neural_cf.split import Split
 
 
 class Places(NamedTuple):
-    """Where users' test items stand among their candidates.
+    """The places of users' test items among their candidates, and each user's best items.
 
     Attributes:
-        ranks: (U,) int64, 0 for the first place: the candidates that score higher, or equal and stand earlier.
-        above: (U,) int64, the candidates that score higher.
-        tied: (U,) int64, the others that score the same.
-        best: (U, L) int64, the L best items by the ranks' rule, -1 where there are fewer.
+        ranks: (U,) int64, 0 for the first place: how many candidates score higher, or the same and stand earlier.
+        above: (U,) int64, how many candidates score higher.
+        tied: (U,) int64, how many other candidates score the same.
+        best: (U, L) int64, the L best items in the order of their ranks, -1 where there are fewer.
     """
 
     ranks: Tensor
@@ -41,16 +34,16 @@ class Places(NamedTuple):
     best: Tensor
 
 
-# What a test item is ranked against.
-RANKINGS = {"sampled": score_sampled, "full": score_catalogue}
+# The scored candidates that a test item is ranked against, by the name of the protocol.
+RANKINGS = {"sampled": score_sampled, "full": score_full}
 
 
 def place_last(candidates: Candidates, length: int = 0) -> Places:
-    """Where each row's last item, the test item, stands.
+    """Return the places of each row's last item, which is the test item.
 
     Args:
-        candidates: Of B users.
-        length: L, of the lists of best items.
+        candidates: The candidates of B users.
+        length: L, the length of the lists of best items.
 
     Raises:
         InputError: a score is not finite, so that it has no rank.
@@ -67,7 +60,16 @@ def place_last(candidates: Candidates, length: int = 0) -> Places:
 
 
 def best_items(candidates: Candidates, length: int) -> Tensor:
-    """Each row's best items that count, (B, ``length``) int64, the earlier one where scores tie; -1 beyond the last."""
+    """Return each user's best items among those that count.
+
+    Args:
+        candidates: The candidates of B users; their scores are finite.
+        length: L, the length of the lists.
+
+    Returns:
+        (B, L) int64, best first; of items with equal scores, the one that stands earlier among the candidates comes
+        first. -1 where fewer than L items count.
+    """
     items, scores, counted = candidates
     best = items.new_full((len(items), length), -1)
     if length:
@@ -87,21 +89,21 @@ def place_test_items(
     ranking: str = "sampled",
     length: int = 0,
 ) -> Places:
-    """Rank every user's test item among her candidates, under a progress bar with the metrics so far.
+    """Rank every user's test item among her candidates, with a progress bar that shows the metrics so far.
 
     Args:
-        scorer: What scores candidates.
-        split: Users and candidates.
-        k: The list's length, of the bar's metrics.
-        device: The scorer's.
-        processes: That share the users. Each returns the places of all of them; the bar is the first one's, and
-            has its own users' alone.
-        nb_users: U, the first so many; all of them by default.
-        ranking: One of ``RANKINGS``.
-        length: L, of the lists of best items.
+        scorer: Scores the candidates.
+        split: The split that holds users and candidates.
+        k: The length of the list for the progress bar's metrics.
+        device: The scorer's device.
+        processes: The processes that share the users; this one alone by default. Each returns the places of all
+            users. The first one shows the bar, which covers only its own users until all are ranked.
+        nb_users: U, how many users are ranked, from the first on; all by default.
+        ranking: The protocol, a key of ``RANKINGS``.
+        length: L, the length of the lists of best items.
 
     Returns:
-        Of U users, on the CPU.
+        The places of U users, on the CPU.
 
     Raises:
         InputError: a score is not finite.
@@ -137,7 +139,7 @@ def rank_test_items(
     nb_users: int | None = None,
     ranking: str = "sampled",
 ) -> Tensor:
-    """The ranks of ``place_test_items``, (U,) int64 on the CPU; arguments and errors are its."""
+    """Return only the ranks, (U,) int64 on the CPU; arguments and errors are those of ``place_test_items``."""
     return place_test_items(scorer, split, k, device, processes, nb_users, ranking).ranks
 
 
@@ -149,5 +151,5 @@ def evaluate(
     processes: Processes | None = None,
     nb_users: int | None = None,
 ) -> Metrics:
-    """The metrics at k over all users, sampled; arguments and errors are those of ``place_test_items``."""
+    """Return the metrics at k of sampled ranking; arguments and errors are those of ``place_test_items``."""
     return metrics_of_ranks(rank_test_items(scorer, split, k, device, processes, nb_users), k)

@@ -1,6 +1,6 @@
-"""Scores of items for users, from a float model or a simulated one.
+"""Scorers: functions that give items their scores for users, with a float model or simulated quantization.
 
-Shapes: B users, C items of each, N = B * C pairs, I items in all, F = mf_dim, L_0 .. L_n = mlp_layer_sizes.
+Shapes: B users, C items of each, N = B * C pairs, I items in all, L_0 .. L_n = mlp_layer_sizes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ from torch.nn import functional as F
 from distiller.quantization.train_aware import is_quantization_aware
 from distiller.system.cli import InputError
 from neural_cf.model import NeuMF
-from neural_cf.ranking.blocks import (
-    COMPILED_PAIRS_AT_ONCE,
-    PAIRS_AT_ONCE,
-    InParts,
-    for_one_shape,
-)
+from neural_cf.ranking.blocks import COMPILED_PAIRS_AT_ONCE, PAIRS_AT_ONCE, InParts, for_one_shape
 
-# From users (B,) int64 and items (B, C) int64 to probabilities (B, C).
+# A function from users (B,) int64 and items (B, C) int64 to probabilities (B, C).
 Scorer = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -32,12 +27,15 @@ def check_finite_scores(scores: Tensor) -> None:
 
 
 def sum_of_sides(item_sums: Tensor, items: Tensor, user_sums: Tensor) -> Tensor:
-    """The first layer's sums of pairs, (N, L_1), from (I, L_1) of all items and (B, L_1) of users.
+    """Return the first layer's sums of pairs: each is the sum of its user's part and its item's part.
 
     Args:
-        item_sums: Of all items.
-        items: (B, C) int64, or (1, C) of all users.
-        user_sums: Of the users.
+        item_sums: (I, L_1), the parts of all items.
+        items: (B, C) int64, the users' items, or (1, C) where all users share them.
+        user_sums: (B, L_1), the parts of the users.
+
+    Returns:
+        (N, L_1), one user's pairs after the other's.
     """
     sums = item_sums.index_select(0, items.flatten()).view(*items.shape, -1)
     own = len(items) == len(user_sums)
@@ -46,12 +44,14 @@ def sum_of_sides(item_sums: Tensor, items: Tensor, user_sums: Tensor) -> Tensor:
 
 
 class PairScorer:
-    """Calls a model on pairs.
+    """A scorer that calls the model on pairs of user and item, as training does.
 
     Args:
-        model: Called as ``model(users, items, sigmoid=True)`` on (N,) int64 each; put into evaluation mode.
-        one_user: A call is of one user's items, for a model whose arithmetic depends on the whole batch.
-        retry: As for ``InParts``.
+        model: A model that is called as ``model(users, items, sigmoid=True)`` on (N,) int64 each. It is put into
+            evaluation mode.
+        one_user: Whether a batch is always the items of one user, for a model whose arithmetic depends on the whole
+            batch.
+        retry: Whether to go on with smaller batches where memory runs out, as in ``InParts``.
     """
 
     def __init__(self, model: nn.Module, one_user: bool = False, retry: bool = True):
@@ -61,7 +61,7 @@ class PairScorer:
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
-        """The probabilities (B, C) of items (B, C) int64 for users (B,) int64."""
+        """Return the probabilities (B, C) of items (B, C) int64 for users (B,) int64."""
         if self._one_user:
             rows = zip(users.split(1), items.split(1), strict=True)
             return torch.cat([self._scores(user, row) for user, row in rows])
@@ -74,15 +74,17 @@ class PairScorer:
 
 
 class FactoredScorer:
-    """What the model computes, up to rounding, without computing for every pair what belongs to one side of it.
+    """A scorer that computes once per user or per item what depends on one of them only, not once per pair.
 
-    The first layer acts on [user, item], so that its sum is one of the user plus one of the item. The last layer's
-    weights of the product of embeddings go to the user's side too.
+    The first layer acts on [user, item], so that its output is the sum of a user's part and an item's part. The final
+    layer's weights of the product of embeddings are multiplied into the user's embedding. Results are the model's up
+    to rounding.
 
     Args:
-        model: A float NeuMF, whose weights are those of this moment.
-        dtype: Of the matrix products between the first layer and the last; the weights' own by default.
-        compiled: Compute with ``torch.compile``, for as many users and items as the first call has.
+        model: A float NeuMF. The items' parts are computed here, so that new weights need a new scorer.
+        dtype: The dtype of the matrix products between the first layer and the final one; by default that of the
+            weights.
+        compiled: Whether to compute with ``torch.compile``, for as many users and items as the first call has.
     """
 
     @torch.no_grad()
@@ -106,7 +108,7 @@ class FactoredScorer:
 
     @torch.no_grad()
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
-        """The probabilities (B, C), in the weights' dtype, of items (B, C) int64 for users (B,) int64."""
+        """Return the probabilities (B, C), in the weights' dtype, of items (B, C) int64 for users (B,) int64."""
         user_sums = F.linear(self._model.mlp_user_embed(users), self._user_weight, self._model.mlp[0].bias)
         user_factors = self._model.mf_user_embed(users) * self._mf_weight
         return self._parts(self._compute, user_sums, user_factors, items)
@@ -117,7 +119,7 @@ class FactoredScorer:
         return logit.add_(product[:, :, 0]).add_(self._final_bias).sigmoid_()
 
     def _hidden(self, user_sums: Tensor, items: Tensor) -> Tensor:
-        """What the last ReLU puts out: (N, L_n), in the weights' dtype."""
+        """Return the output of the last hidden layer, (N, L_n), in the weights' dtype."""
         hidden = sum_of_sides(self._item_sums, items, user_sums).relu_()
         for weight, bias in self._later:
             hidden = F.linear(hidden.to(self._dtype), weight, bias).relu_()
@@ -125,12 +127,14 @@ class FactoredScorer:
 
 
 def float_scorer(model: NeuMF, dtype: torch.dtype | None = None, compiled: bool = False) -> Scorer:
-    """What scores with a model that is not quantized: factored, where it has a first layer that nothing rounds.
+    """Return the scorer of a model that is not quantized.
+
+    That is a ``FactoredScorer`` where the model has an MLP, unless it is quantization-aware and rounds the sums.
 
     Args:
         model: A NeuMF.
-        dtype: As for ``FactoredScorer``.
-        compiled: Likewise.
+        dtype: The dtype of matrix products, as in ``FactoredScorer``.
+        compiled: Whether to compute with ``torch.compile``, as in ``FactoredScorer``.
     """
     if is_quantization_aware(model) or not model.mlp:
         return PairScorer(model)

@@ -1,0 +1,1 @@
+"""Reports for people: evaluation reports and their comparison, quantization tables, and figures."""

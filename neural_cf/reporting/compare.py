@@ -1,4 +1,7 @@
-"""Two evaluations of the same data compared user by user: differences with intervals, McNemar's test, list overlap."""
+"""Comparing two evaluations of the same data: differences of metrics, McNemar's test, overlap of top-k lists.
+
+Shapes: U users, B users in a block.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ from neural_cf.reporting.evaluation_report import BOOTSTRAP_SEED
 from neural_cf.reporting.report_reader import Evidence
 
 COLUMNS = ("", "A", "B", "B - A", "95 % interval", "only A hits", "only B hits", "McNemar's p")
-ITEMS_AT_ONCE = 1 << 20  # of both models' lists: 16 MB
+ITEMS_AT_ONCE = 1 << 20  # of each model's lists: 16 MB of both
 
 
 def conditions(evidence: Evidence) -> dict[str, Any]:
-    """What must be the same for ranks to compare."""
+    """Return, by name, what must be the same in two evaluations for their ranks to be comparable."""
     data = evidence.content["data"]
     return {"data": data["digest"], "users": data["users"]} | {
         f"protocol: {key}": value for key, value in sorted(evidence.content["protocol"].items())
@@ -28,10 +31,10 @@ def conditions(evidence: Evidence) -> dict[str, Any]:
 
 
 def check_comparable(a: Evidence, b: Evidence) -> list[int]:
-    """The cut-offs that both have.
+    """Return the cut-offs that two evaluations have in common.
 
     Raises:
-        InputError: naming what differs.
+        InputError: the evaluations are not comparable; the message names what differs.
     """
     ours, theirs = conditions(a), conditions(b)
     for key in (*ours, *(key for key in theirs if key not in ours)):
@@ -46,12 +49,15 @@ def check_comparable(a: Evidence, b: Evidence) -> list[int]:
 
 
 def overlaps(a: Tensor, b: Tensor, k: int) -> np.ndarray:
-    """Every user's overlap coefficient of two top-k lists, (U,) float64: the share of the shorter one in both.
+    """Return each user's overlap coefficient of two top-k lists: their common items over the shorter list's length.
 
     Args:
-        a: (U, k or more) int64, best first, -1 where there are no more.
-        b: Likewise.
-        k: How many of them.
+        a: (U, k or more) int64, the first model's lists, best first, -1 where there are no more items.
+        b: The second model's lists, in the same form.
+        k: The length of the lists that are compared.
+
+    Returns:
+        (U,) float64.
     """
     a, b = a[:, :k], b[:, :k]
     users = max(1, ITEMS_AT_ONCE // k)
@@ -62,13 +68,13 @@ def overlaps(a: Tensor, b: Tensor, k: int) -> np.ndarray:
 
 
 def shared_items(a: Tensor, b: Tensor) -> Tensor:
-    """How many items each row of ``a`` has in common with that of ``b``, (B,) int64; in a list each stands once."""
+    """Return how many items each row of ``a`` shares with that of ``b``, (B,) int64; no row repeats an item."""
     both = sorted_rows(torch.cat([a, b], dim=1))
     return ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(1)
 
 
 def rows_at(a: Evidence, b: Evidence, k: int) -> list[tuple[str, ...]]:
-    """A row for each metric."""
+    """Return the table's rows at a cut-off, one for each metric, with the cells of ``COLUMNS``."""
     rows = []
     values = [values_of_ranks(evidence.places.ranks, k) for evidence in (a, b)]
     hits = [of["hr"].numpy() > 0 for of in values]
@@ -89,10 +95,10 @@ def rows_at(a: Evidence, b: Evidence, k: int) -> list[tuple[str, ...]]:
 
 
 def comparison(a: Evidence, b: Evidence) -> str:
-    """What compares: the two models, a table, and the overlap of lists.
+    """Return the comparison of two evaluations as text: the models, a table of metrics and the overlap of lists.
 
     Raises:
-        InputError: they do not compare.
+        InputError: the evaluations are not comparable.
     """
     cutoffs = check_comparable(a, b)
     protocol = a.content["protocol"]

@@ -9,9 +9,7 @@ import datetime
 import json
 import os
 import platform
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from neural_cf.ranking.places import Places
 from neural_cf.ranking.significance import bootstrap_interval_of_few
 from neural_cf.runs.hardware import processor
 from neural_cf.runs.log import command_line
+from neural_cf.runs.run import Run
 from neural_cf.split import Split
 
 FORMAT, VERSION = "neumf-evaluation", 1
@@ -32,14 +31,15 @@ THIRDS = ("most popular", "middle", "least popular")
 
 
 def values_over_ties(places: Places, k: int) -> dict[str, dict[str, Tensor]]:
-    """Each metric of every user, (U,) float64, as ranked and over all orders of those that tie with the test item.
+    """Return each metric of every user, (U,) float64, as ranked and over all orders of the items that tie.
 
-    A test item that n others tie with has each of n + 1 ranks equally often in these orders, so that a metric's mean is
-    that of its values there (McSherry and Najork, Computing Information Retrieval Performance Measures Efficiently in
-    the Presence of Tied Scores, ECIR 2008).
+    A test item that n others tie with has each of n + 1 ranks in equally many of these orders, so that the expected
+    metric is the mean of its values at these ranks (McSherry and Najork, Computing Information Retrieval Performance
+    Measures Efficiently in the Presence of Tied Scores, ECIR 2008).
 
     Returns:
-        By the metric's name: ``value``, ``optimistic`` (the test item first), ``pessimistic`` and ``expected``.
+        For each metric, by its name: ``value`` as ranked, ``optimistic`` with the test item first among the ties,
+        ``pessimistic`` with it last, and ``expected``.
     """
     above, tied = places.above, places.tied
     found = {}
@@ -59,12 +59,12 @@ def values_over_ties(places: Places, k: int) -> dict[str, dict[str, Tensor]]:
 
 
 def ties_at(places: Places, k: int) -> int:
-    """How many users' hit at k depends on the order of what ties."""
+    """Return how many users' hit at k depends on the order of tied items."""
     return int(((places.above < k) & (places.above + places.tied >= k)).sum())
 
 
 def metrics_with_intervals(places: Places, cutoffs: Sequence[int]) -> dict[str, Any]:
-    """All metrics at every cut-off, by its number as text."""
+    """Return all metrics at every cut-off, by the cut-off's number as text."""
     found: dict[str, Any] = {}
     for k in cutoffs:
         found[str(k)] = {"ties_at_cutoff": ties_at(places, k)}
@@ -76,10 +76,10 @@ def metrics_with_intervals(places: Places, cutoffs: Sequence[int]) -> dict[str, 
 
 
 def popularity_thirds(split: Split) -> np.ndarray:
-    """Each item's third, (I,) int64: 0 has the most popular ones, with a third of all training pairs, and so on.
+    """Return each item's third, (I,) int64: 0 for the most popular items, which have a third of all training pairs.
 
-    Items stand by their number of training pairs, those of equal ones by number; one that spans a border goes to the
-    third where its first pair is, and one without pairs to the last.
+    Items are ordered by their number of training pairs, and by their own number where these are equal. An item that
+    spans a border goes to the third that its first pair is in, and an item without pairs to the last third.
     """
     counts = np.bincount(split.train_items, minlength=split.nb_items)
     order = np.argsort(-counts, kind="stable")
@@ -90,7 +90,7 @@ def popularity_thirds(split: Split) -> np.ndarray:
 
 
 def by_popularity(split: Split, ranks: Tensor, cutoffs: Sequence[int]) -> list[dict[str, Any]]:
-    """The metrics of the users whose test item is in each third; None where there are none."""
+    """Return a row for each third of items: the metrics of the users whose test item is in it, None without users."""
     thirds, pairs = popularity_thirds(split), np.bincount(split.train_items, minlength=split.nb_items)
     rows = []
     for third, name in enumerate(THIRDS):
@@ -111,7 +111,7 @@ def by_popularity(split: Split, ranks: Tensor, cutoffs: Sequence[int]) -> list[d
 
 
 def protocol_of(split: Split, ranking: str) -> dict[str, Any]:
-    """What decides a rank beside model and data."""
+    """Return what decides a rank beside model and data."""
     protocol = {"held_out": "each user's last item", "ranking": ranking, "ties": "against the test item"}
     if ranking == "full":
         return protocol | {"candidates": "items without the user's training items"}
@@ -125,14 +125,14 @@ def protocol_of(split: Split, ranking: str) -> dict[str, Any]:
     }
 
 
-def circumstances(args: Namespace, split: Split, device: torch.device) -> dict[str, Any]:
-    """Data, versions and hardware."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+def circumstances(run: Run) -> dict[str, Any]:
+    """Return what a figure rests on beside the protocol: command, date, data, versions and hardware."""
+    split, device = run.split, run.device
     return {
         "command": command_line(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "data": {
-            "path": str(args.data),
+            "path": str(run.settings.data),
             "digest": split.digest,
             "users": split.nb_users,
             "items": split.nb_items,
@@ -147,33 +147,24 @@ def circumstances(args: Namespace, split: Split, device: torch.device) -> dict[s
             "processor": processor(),
             "processors": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "gpu": gpu,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
     }
 
 
-def write_report(
-    path: Path,
-    args: Namespace,
-    split: Split,
-    places: Places,
-    model: Mapping[str, Any],
-    device: torch.device,
-) -> None:
-    """Write ``path`` and, beside it, the users' places under the same name with ``.npz``.
+def write_report(run: Run, places: Places, origin: Mapping[str, Any]) -> None:
+    """Write the report that ``settings.report`` names and, beside it, the users' places in a file ``.npz``.
 
     Args:
-        path: Of the JSON.
-        args: The flags.
-        split: That was evaluated.
-        places: Of all users, with lists as long as the greatest cut-off.
-        model: What was evaluated, for the JSON: its ``checkpoint``, ``computed`` in what, ``seed`` and ``validate`` of
-            its training.
-        device: It was computed on.
+        run: The run.
+        places: The places of all users, with lists as long as the greatest cut-off.
+        origin: What was evaluated: its ``checkpoint``, what it was ``computed`` in, and its training's ``seed`` and
+            ``validate``.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
+    settings, split, path = run.settings, run.split, run.settings.report
     users = path.with_suffix(".npz")
     with atomic_write(users) as temporary, temporary.open("wb") as file:
         arrays = {name: part.numpy().astype(np.int32) for name, part in places._asdict().items()}
@@ -181,13 +172,13 @@ def write_report(
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "protocol": protocol_of(split, args.ranking),
-        "metrics": metrics_with_intervals(places, args.cutoffs),
-        "by_popularity": by_popularity(split, places.ranks, args.cutoffs),
-        "model": {key: value for key, value in model.items() if key != "seed"}
-        | {"digest": file_digest(model["checkpoint"])},
-        "seeds": {"training": model["seed"], "negatives": split.seed, "bootstrap": BOOTSTRAP_SEED},
+        "protocol": protocol_of(split, settings.ranking),
+        "metrics": metrics_with_intervals(places, settings.cutoffs),
+        "by_popularity": by_popularity(split, places.ranks, settings.cutoffs),
+        "model": {key: value for key, value in origin.items() if key != "seed"}
+        | {"digest": file_digest(origin["checkpoint"])},
+        "seeds": {"training": origin["seed"], "negatives": split.seed, "bootstrap": BOOTSTRAP_SEED},
         "users": {"file": users.name, "digest": file_digest(users)},
     }
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content | circumstances(args, split, device), indent=2) + "\n")
+        temporary.write_text(json.dumps(content | circumstances(run), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Pictures of what quantization costs. They need matplotlib, which is imported when one is drawn."""
+"""Figures of what quantization costs. They need matplotlib, which is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What the final layer, or the split one's halves, reads of each branch.
+# The tensors in which the final layer, whole or split in two, reads the MF and the MLP branch.
 BRANCHES = {
     ("final_concat", "input 0"): "MF",
     ("final_concat", "input 1"): "MLP",
@@ -28,12 +28,12 @@ WIDTH, ROW = 11.0, 0.24  # inches
 
 
 def draw_ranges(losses: Losses, path: Path) -> None:
-    """Draw the range of every tensor of the quantized layers, and above them those of the two branches, compared."""
+    """Draw the range of every tensor of the quantized layers, and above them those of the two branches alone."""
     from matplotlib.figure import Figure
 
     tensors = losses.tensors
-    read = {(x.layer, x.tensor): x for x in tensors if x.scale is not None}
-    branches = {name: read[key] for key, name in BRANCHES.items() if key in read}
+    with_scale = {(x.layer, x.tensor): x for x in tensors if x.scale is not None}
+    branches = {name: with_scale[key] for key, name in BRANCHES.items() if key in with_scale}
     heights = [1.6 + 0.5 * len(branches)] * bool(branches) + [1.6 + ROW * len(tensors)]
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     *above, below = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
@@ -44,22 +44,28 @@ def draw_ranges(losses: Losses, path: Path) -> None:
 
 
 def _shared_level(tensors: Sequence[TensorErrors]) -> float | None:
-    """The width of a level of both branches, where they stand beside each other with one scale."""
+    """Return the width of a quantization level of both branches; None where they do not share one scale."""
     outputs = {(x.type, x.layer): x for x in tensors if x.tensor == "output"}
     of_both = outputs.get(("QuantizedConcat", "final_concat"))
     return of_both and 1 / of_both.scale
 
 
 def _draw_branches(axes: Axes, branches: dict[str, TensorErrors], shared: float | None) -> None:
-    """The branches on one linear axis: how many levels of the scale that they get lie within their spread."""
+    """Draw both branches on one linear axis, with the number of quantization levels in their standard deviation.
+
+    Args:
+        axes: Where to draw.
+        branches: The tensors by the branch's name.
+        shared: The width of a level of both branches, or None where each branch has a scale of its own.
+    """
     names = list(branches)[::-1]
     for y, name in enumerate(names):
         x = branches[name]
         _bar(axes, y, x, COLORS["input"], 0.3)
         level = shared or 1 / x.scale
-        told = f"one level {level:.3g}, std {x.std:.3g} = {x.std / level:.1f} levels"
+        label = f"one level {level:.3g}, std {x.std:.3g} = {x.std / level:.1f} levels"
         end = max(x.max, x.mean + x.std)
-        axes.annotate(told, (end, y), (8, 0), textcoords="offset points", va="center")
+        axes.annotate(label, (end, y), (8, 0), textcoords="offset points", va="center")
     of_each = "one scale for both" if shared else "a scale of its own for each"
     axes.set(
         title=f"What the final layer reads: {of_each}",
@@ -70,19 +76,19 @@ def _draw_branches(axes: Axes, branches: dict[str, TensorErrors], shared: float 
     )
     low = min(min(x.min, x.mean - x.std) for x in branches.values())
     width = max(max(x.max, x.mean + x.std) for x in branches.values()) - low
-    axes.set_xlim(low - 0.05 * width, low + 1.7 * width)  # room for what is written beside the longest
+    axes.set_xlim(low - 0.05 * width, low + 1.7 * width)  # leaves room for the text beside the longest bar
     axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
 
 
 def _draw_tensors(axes: Axes, tensors: Sequence[TensorErrors]) -> None:
-    """Every tensor on one symmetric log axis, with the width of its levels."""
+    """Draw every tensor on one symmetric logarithmic axis, with the width of its quantization levels."""
     from matplotlib.patches import Patch
 
     places = range(len(tensors))[::-1]
     for y, x in zip(places, tensors, strict=True):
         _bar(axes, y, x, COLORS[x.tensor.split()[0]], 0.36)
-        told = "-" if x.scale is None else f"{'about ' * (x.zero_point is None)}{1 / x.scale:.2g}"
-        axes.text(1.01, y, told, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        width = "-" if x.scale is None else f"{'about ' * (x.zero_point is None)}{1 / x.scale:.2g}"
+        axes.text(1.01, y, width, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         if x is not tensors[0] and x.layer != tensors[len(tensors) - 2 - y].layer:
             axes.axhline(y + 0.5, color="0.85", linewidth=0.8, zorder=0)
     reaches = [reach for x in tensors if (reach := max(abs(x.min), abs(x.max)))]
@@ -102,16 +108,16 @@ def _draw_tensors(axes: Axes, tensors: Sequence[TensorErrors]) -> None:
 
 
 def _bar(axes: Axes, y: int, x: TensorErrors, color: str, height: float) -> None:
-    """A thin bar from the least to the greatest value, a thick one from mean - std to mean + std."""
+    """Draw a thin bar from the least to the greatest value, and a thick one from mean - std to mean + std."""
     for bar in (
         axes.barh(y, x.max - x.min, height, x.min, color=color, alpha=0.35),
         axes.barh(y, 2 * x.std, 2 * height, x.mean - x.std, color=color),
     ):
-        bar[0].sticky_edges.x.clear()  # which would leave no margin
+        bar[0].sticky_edges.x.clear()  # sticky edges would leave no margin
 
 
 def draw_errors(losses: Losses, path: Path) -> None:
-    """Draw, by layer, how far its output is off, and what HR@k loses where that layer alone is quantized."""
+    """Draw for each layer the error of its output, and the loss of HR@k where that layer alone is quantized."""
     from matplotlib.figure import Figure
 
     outputs = [x for x in losses.tensors if x.tensor == "output"]
@@ -134,7 +140,7 @@ def draw_errors(losses: Losses, path: Path) -> None:
 
 
 def _draw_losses(axes: Axes, losses: Losses, layers: Sequence[str], places: Sequence[int]) -> None:
-    """Points of HR@k that each layer alone loses, and that all together do."""
+    """Draw the loss of HR@k, in points, of each layer quantized alone, and of all layers together."""
     k, of_all = losses.in_float.k, 100 * (losses.in_float.hr - losses.quantized.hr)
     points = [100 * (losses.in_float.hr - losses.alone[layer].hr) for layer in layers]
     axes.bar_label(axes.barh(places, points, color="tab:red"), fmt="%.2f", padding=3, fontsize=8)
@@ -148,7 +154,7 @@ def _draw_losses(axes: Axes, losses: Losses, layers: Sequence[str], places: Sequ
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG or SVG, by the path's suffix; one figure always makes the same file."""
+    """Write a figure as PNG or SVG, by the path's suffix; the same figure always gives the same bytes."""
     from matplotlib import rc_context
 
     kind = path.suffix[1:].lower()

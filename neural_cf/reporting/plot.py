@@ -1,7 +1,7 @@
-"""Pictures for reports: training loss and HR@k by epoch, or what each precision costs.
+"""Figures for ``neural-cf plot``: training loss and HR@k by epoch, or what each precision costs.
 
-plot.py RUN... -o OUT.png|OUT.svg             directories of runs, as ncf.py leaves them
-plot.py PRECISION.json -o OUT.png|OUT.svg     what python -m benchmarks.precision --json prints
+The first are drawn from the directories of training runs, the second from the table that
+``python -m benchmarks.precision --json`` prints.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = (".png", ".svg")
-TOP = 10  # of the precision table's HR and NDCG
-# What a picture says of its runs, where it is the same for all of them.
+TOP = 10  # the cut-off of the precision table's HR and NDCG
+# The settings in a figure's title, where all of its runs agree on them, and how they are written there.
 SETTINGS = {
     "layers": "layers {}",
     "factors": "{} factors",
@@ -32,21 +32,21 @@ SETTINGS = {
     "learning_rate": "learning rate {}",
 }
 HEIGHT = 4.2  # inches
-LARGEST = 1e100  # far beyond any loss
-# Blue and orange, which every kind of colour vision tells apart.
+LARGEST = 1e100  # the greatest value that is drawn: far beyond any loss, and safe for matplotlib's ticks
+# Every kind of colour vision tells blue and orange apart.
 HR_COLOR, NDCG_COLOR, SIZE_COLOR = "tab:blue", "tab:orange", "0.6"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has recorded, epoch by epoch.
+    """A training run's record, epoch by epoch.
 
     Attributes:
-        directory: The run's.
-        settings: Its configuration.
-        epochs: Their numbers.
-        losses: Mean training losses.
-        hits: HR@k in percent.
+        directory: The run's directory.
+        settings: The run's configuration.
+        epochs: The epochs' numbers.
+        losses: The mean training loss of each epoch.
+        hits: HR@k after each epoch, in percent.
     """
 
     directory: Path
@@ -57,22 +57,22 @@ class Run:
 
     @property
     def hits_of(self) -> str:
-        """What its HR@k is of."""
+        """The description of the run's HR@k: of which held-out items, ranked among which candidates."""
         held_out = "validation" if self.settings.get("validate") else "test"
         against = " among all" if self.settings.get("ranking") == "full" else ""
         return f"HR@{self.k} of the {held_out} items{against}"
 
     @property
     def k(self) -> int:
-        """The k of HR@k by which a run chooses its best epoch."""
+        """The k of the HR@k by which the run chooses its best epoch."""
         return self.settings["topk"]
 
 
 def read_run(directory: Path) -> Run:
-    """Read a run's directory.
+    """Return the run that is recorded in a directory.
 
     Raises:
-        InputError: it holds no run, or a file of it is damaged.
+        InputError: the directory holds no run, or a file of it is damaged.
     """
     config, results = directory / CONFIG, directory / RESULTS
     for path in (config, results):
@@ -87,7 +87,12 @@ def read_run(directory: Path) -> Run:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; an ``InputError`` where it is something else."""
+    """Return a JSON file's content.
+
+    Raises:
+        InputError: the file is not JSON.
+        OSError: the file cannot be read.
+    """
     try:
         with errors_named(path):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -96,11 +101,15 @@ def read_json(path: Path) -> Any:
 
 
 def read_columns(path: Path, columns: Mapping[str, type]) -> list[tuple]:
-    """Rows of some columns of a CSV file with a header, at least one.
+    """Return some columns of a CSV file with a header, row by row.
+
+    Args:
+        path: The file.
+        columns: The columns' names, with the type of their values.
 
     Raises:
-        InputError: it lacks a column or a row, or has something that is no number to be drawn.
-        OSError: it cannot be read.
+        InputError: the file lacks a column or has no rows, or a value is no number that can be drawn.
+        OSError: the file cannot be read.
     """
     rows = []
     with errors_named(path), open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -125,15 +134,15 @@ def read_columns(path: Path, columns: Mapping[str, type]) -> list[tuple]:
 
 
 def is_drawable(value: float) -> bool:
-    """Whether a number is finite, and not so large that matplotlib's ticks overflow."""
+    """Return whether a number is finite, and not so large that matplotlib's ticks overflow."""
     return abs(value) <= LARGEST
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """What tells the directories apart: their paths without the first and the last parts that all have in common.
+    """Return names that tell directories apart: their paths without the leading and trailing parts common to all.
 
     Raises:
-        InputError: two are the same.
+        InputError: two directories are the same.
     """
     if len(directories) == 1:
         return [shown(directories[0].resolve().name)]
@@ -147,28 +156,28 @@ def names_of(directories: Sequence[Path]) -> list[str]:
 
 
 def shared_settings(runs: Sequence[Run]) -> str:
-    """The settings that all runs have in common."""
-    told = []
+    """Return a line of those of ``SETTINGS`` that have the same value in all runs."""
+    parts = []
     for name, form in SETTINGS.items():
         values = [run.settings.get(name) for run in runs]
         if values[0] is not None and all(value == values[0] for value in values):
             value = values[0]
-            told.append(form.format(" ".join(map(str, value)) if isinstance(value, list) else value))
-    return shown(", ".join(told))
+            parts.append(form.format(" ".join(map(str, value)) if isinstance(value, list) else value))
+    return shown(", ".join(parts))
 
 
 def draw_runs(runs: Sequence[Run], path: Path) -> None:
-    """Draw training loss and HR@k by epoch, a line for each run, its best epoch marked.
+    """Draw training loss and HR@k by epoch, with a line for each run and a mark at its best epoch.
 
     Raises:
-        InputError: what the runs' HR is of differs.
+        InputError: the runs' HR is not of the same items, candidates and k, or two runs are the same.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     if len({run.hits_of for run in runs}) > 1:
-        told = ", ".join(f"{run.directory} has {run.hits_of}" for run in runs)
-        raise InputError(f"RUN: runs that do not compare: {told}")
+        kinds = ", ".join(f"{run.directory} has {run.hits_of}" for run in runs)
+        raise InputError(f"RUN: runs that do not compare: {kinds}")
     figure = Figure(figsize=(10.0, HEIGHT), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = colormaps["viridis"].resampled(len(runs)).colors if len(runs) > 10 else colormaps["tab10"].colors
@@ -193,10 +202,10 @@ def draw_runs(runs: Sequence[Run], path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a precision table, the first one the float model's.
+    """Return the rows of a precision table, of which the first one is the float model's.
 
     Raises:
-        InputError: it is something else.
+        InputError: the file holds no such table.
     """
     content = read_json(path)
     rows = content.get("rows") if isinstance(content, dict) else None
@@ -209,7 +218,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def is_row(row: Any, first: bool) -> bool:
-    """Whether a row has the figures that are drawn; only the first one has no difference."""
+    """Return whether a row has all values that are drawn; the first one needs no difference from itself."""
     try:
         values = [*row["hr"], row["megabytes"]]
         if not first:
@@ -222,7 +231,7 @@ def is_row(row: Any, first: bool) -> bool:
 
 
 def draw_precision(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw for every precision its HR, what that and NDCG are off the float model's, and the model's size."""
+    """Draw for each precision its HR, the differences of HR and NDCG from the float model's, and the model's size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.0, 1.6 + 0.42 * len(rows)), layout="constrained")
@@ -239,7 +248,7 @@ def draw_precision(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def draw_hits(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """HR of each row, from 0, as a mean over seeds with their standard deviation."""
+    """Draw each row's HR, its mean over seeds, with the standard deviation over seeds."""
     means = [mean(row["hr"]) for row in rows]
     spreads = [stdev(row["hr"]) if len(row["hr"]) > 1 else 0.0 for row in rows]
     bars = axes.barh(range(len(rows)), means, 0.6, color=HR_COLOR)
@@ -253,7 +262,7 @@ def draw_hits(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """What HR and NDCG are more than the first row's, NDCG with its 95 % interval."""
+    """Draw how far HR and NDCG of each row are from the first row's, NDCG with its 95 % interval."""
     differences = [row["difference"] for row in rows[1:]]
     upper, lower = ([y + shift for y in range(1, len(rows))] for shift in (-0.16, 0.16))
     axes.barh(upper, [x["hr"] for x in differences], 0.3, color=HR_COLOR, label=f"HR@{TOP}")
@@ -269,10 +278,14 @@ def draw_differences(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw(sources: Sequence[Path], out: Path) -> None:
-    """Draw runs, or a table alone.
+    """Draw a figure of runs, or of one precision table.
+
+    Args:
+        sources: The runs' directories, or the table's file alone.
+        out: The figure's path.
 
     Raises:
-        InputError: they are something else, or do not go together.
+        InputError: a source is neither of these, or the sources cannot be drawn in one figure.
     """
     tables = [path for path in sources if path.is_file()]
     if not tables:

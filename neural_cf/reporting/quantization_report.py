@@ -1,4 +1,4 @@
-"""Where a quantized model loses accuracy: tensor by tensor, and layer by layer in HR@k and NDCG@k."""
+"""The report of where a quantized model loses accuracy: errors of each tensor, and HR@k and NDCG@k by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distiller.system.files import atomic_write
 from neural_cf.int8.losses import Losses
 from neural_cf.ranking.metrics import Metrics
 
-# The losses_table's columns: heading, and width.
+# The columns of losses_table: heading and width in characters, negative where cells are aligned to the left.
 COLUMNS = (
     ("layer", -14),
     ("tensor", -7),
@@ -32,7 +32,7 @@ LEGEND = (
 
 
 def losses_table(losses: Losses) -> str:
-    """Lines of up to 120 characters: the metrics of both models, then a row for every tensor."""
+    """Return a text of lines up to 120 characters: the metrics of both models, then a table with a row per tensor."""
     k = losses.in_float.k
     columns = (*COLUMNS, (f"HR@{k}", 6), (f"NDCG@{k}", 7))
     lines = [
@@ -49,7 +49,7 @@ def losses_table(losses: Losses) -> str:
 
 
 def _line(cells: list[str], columns: tuple[tuple[str, int], ...]) -> str:
-    """Cells one beside the other, those of negative width to the left."""
+    """Return a line of cells, each padded to its column's width."""
     padded = (
         cell.rjust(width) if width > 0 else cell.ljust(-width)
         for cell, (_, width) in zip(cells, columns, strict=True)
@@ -58,7 +58,13 @@ def _line(cells: list[str], columns: tuple[tuple[str, int], ...]) -> str:
 
 
 def _cells(tensor: TensorErrors, alone: Metrics, first: bool) -> list[str]:
-    """A row; what is of the whole layer stands in its first one."""
+    """Return a tensor's row of cells.
+
+    Args:
+        tensor: The tensor's errors.
+        alone: The metrics with the tensor's layer alone quantized.
+        first: Whether this is its layer's first row, the only one that tells what concerns the whole layer.
+    """
     return [
         tensor.layer if first else "",
         tensor.tensor,
@@ -78,7 +84,10 @@ def _number(x: float | None, form: str, unit: int = 1) -> str:
 
 
 def write_losses(losses: Losses, path: Path) -> None:
-    """Write a row for each model, then one for every tensor, with its layer's metrics and empty where there is none."""
+    """Write a CSV file: a row for each of the two models, then one for every tensor, with its layer's metrics.
+
+    Cells are empty where there is no value.
+    """
     k = losses.in_float.k
 
     def metrics(of: Metrics) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Reads evaluation reports, which strangers may have made."""
+"""Reading evaluation reports, which may come from untrusted sources.
+
+Shapes: U users, L items of a user's list.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,9 @@ from distiller.system.cli import InputError
 from distiller.system.files import file_digest
 from distiller.system.naming import errors_named
 from neural_cf.ranking.places import Places
-from neural_cf.reporting.evaluation_report import (
-    FORMAT,
-    VERSION,
-)
+from neural_cf.reporting.evaluation_report import FORMAT, VERSION
 
-# What is read of a report beside its metrics.
+# The entries of a report that are used, beside its metrics: table, key and type.
 PARTS = (
     ("data", "digest", str),
     ("data", "users", int),
@@ -33,21 +33,21 @@ PARTS = (
     ("users", "file", str),
     ("users", "digest", str),
 )
-PLAIN = (str, int, float, type(None))  # True and False are int
-MAX_COUNT = (1 << 31) - 1  # of int32, which ranks and items are
+PLAIN = (str, int, float, type(None))  # bool is a subclass of int
+MAX_COUNT = (1 << 31) - 1  # ranks and items are int32
 CUTOFF = re.compile(r"[1-9][0-9]{0,9}")
-MAX_HEADER = 256  # bytes; NumPy writes 118
-MAX_PACKING = 1032  # times smaller deflate makes what it packs, at most (zlib.net/zlib_tech.html)
+MAX_HEADER = 256  # bytes of an array's header; NumPy writes 118
+MAX_PACKING = 1032  # the greatest ratio by which deflate compresses (zlib.net/zlib_tech.html)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A report that was read.
+    """An evaluation report that was read and checked.
 
     Attributes:
-        path: Its file.
-        content: The JSON.
-        places: Of all users; the lists have as many items as the greatest cut-off.
+        path: The report's file.
+        content: The content of its JSON.
+        places: The places of all users, with lists as long as the greatest cut-off.
     """
 
     path: Path
@@ -56,15 +56,16 @@ class Evidence:
 
     @property
     def cutoffs(self) -> list[int]:
+        """The cut-offs of the report's metrics."""
         return [int(k) for k in self.content["metrics"]]
 
 
 def read_report(path: Path) -> Evidence:
-    """Read what ``write_report`` wrote.
+    """Return the report that ``write_report`` wrote.
 
     Raises:
-        InputError: not such files, or the users' places are not those of the report.
-        OSError: they cannot be read.
+        InputError: the files are not a report, or the file of users' places does not belong to it.
+        OSError: a file cannot be read.
     """
     content = _read_content(path)
     cutoffs, nb_users = [int(k) for k in content["metrics"]], content["data"]["users"]
@@ -79,10 +80,11 @@ def read_report(path: Path) -> Evidence:
 
 
 def _read_content(path: Path) -> dict[str, Any]:
-    """A report's JSON, with all that is read of it.
+    """Return the content of a report's JSON, checked for every entry that is used.
 
     Raises:
-        InputError: it is something else.
+        InputError: the file is no whole report.
+        OSError: the file cannot be read.
     """
     try:
         with errors_named(path):
@@ -108,16 +110,21 @@ def _read_content(path: Path) -> dict[str, Any]:
 
 
 def _read_places(path: Path, nb_users: int, length: int) -> Places:
-    """The users' places, for which no more memory is taken than so many users' lists of this length need.
+    """Return the users' places, taking no more memory than they need, whatever the file claims to hold.
+
+    Args:
+        path: The file of places.
+        nb_users: U.
+        length: L.
 
     Raises:
-        InputError: not such a file.
-        OSError: it cannot be read.
+        InputError: the file does not hold the places of so many users with lists of this length.
+        OSError: the file cannot be read.
     """
     shapes = [(nb_users,)] * 3 + [(nb_users, length)]
     try:
         with errors_named(path), zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            # What Python and NumPy warn of in a damaged header is said by the error that follows.
+            # Python and NumPy also warn of a damaged header, but the error that follows says enough.
             warnings.simplefilter("ignore")
             most = MAX_PACKING * path.stat().st_size
             parts = [
@@ -139,17 +146,17 @@ def _read_places(path: Path, nb_users: int, length: int) -> Places:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], most: int) -> np.ndarray:
-    """An int32 array of an archive, in the form in which NumPy writes it.
+    """Return an int32 array of an archive, which must be stored just as NumPy stores it.
 
     Args:
-        archive: Of NumPy's, ``.npz``.
-        name: The array's file in it.
-        shape: What it must have.
-        most: The bytes that it may unpack to.
+        archive: A NumPy archive, ``.npz``.
+        name: The name of the array's file in the archive.
+        shape: The shape that the array must have.
+        most: The greatest number of bytes that the array's file may unpack to.
 
     Raises:
-        ValueError: it is something else.
-        Exception: nearly any other, where it is damaged.
+        ValueError: the array has another form, type or shape.
+        Exception: the archive is damaged, which can raise nearly any error.
     """
     entry = archive.getinfo(name)
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or entry.file_size > most:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from distiller.quantization.post_train import PARAMS_FILE, STATS_FILE, PostTrainLinearQuantizer
+from distiller.quantization.post_train import PARAMS_FILE, PREPARED_STATS_FILE, PostTrainLinearQuantizer
 from distiller.quantization.saved import content_of
 from distiller.system.cli import InputError
 from distiller.system.files import atomic_write, file_digest, remove_parts
@@ -126,7 +126,7 @@ def epochs_done(directory: Path) -> int:
 
 def clear_run(directory: Path) -> None:
     """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
-    evaluation = (QUANTIZED, STATS_FILE, PARAMS_FILE, AUTO, RANKS, REPORT, RANGES, ERRORS)
+    evaluation = (QUANTIZED, PREPARED_STATS_FILE, PARAMS_FILE, AUTO, RANKS, REPORT, RANGES, ERRORS)
     for pattern in (
         *(CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"),
         *evaluation,

@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""What a run computes on and in: device, precision, compiled or not; and its description for reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -17,10 +16,76 @@ from distiller.schedule import CompressionSchedule
 from distiller.system.cli import InputError
 from distiller.system.cpu import cpu_has
 from neural_cf.runs.processes import local_rank
+from neural_cf.runs.settings import Settings
+
+PRECISIONS = ("fp32", "bf16")  # of matrix products
+
+log = logging.getLogger("ncf")
+
+
+def choose_device(settings: Settings) -> torch.device:
+    """Return the GPU asked for, else this process's GPU, else the first one, else the CPU.
+
+    Raises:
+        InputError: there is no such GPU, or flags exclude each other.
+    """
+    if settings.gpus is None:
+        on_gpu = torch.cuda.is_available() and not settings.no_cuda
+        return torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
+    if settings.no_cuda:
+        raise InputError("--gpus and --no-cuda exclude each other")
+    if dist.is_torchelastic_launched():
+        raise InputError("--gpus: torchrun gives each process a GPU of its own")
+    if settings.gpus not in range(torch.cuda.device_count()):
+        raise InputError(
+            f"--gpus: there is no GPU {settings.gpus}: PyTorch finds {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", settings.gpus)
+
+
+def choose_precision(settings: Settings, device: torch.device, schedule: CompressionSchedule) -> str:
+    """Return the precision of training's matrix products, one of ``PRECISIONS``.
+
+    It is what was asked for, else bf16 where the device multiplies it in hardware and nothing is rounded, else fp32.
+
+    Raises:
+        InputError: bf16 is asked for beside quantization-aware training, which rounds in fp32.
+    """
+    if schedule.quantizer is None:
+        return settings.precision or ("bf16" if native_bf16(device) else "fp32")
+    if settings.precision == "bf16" and "precision" in settings.given:
+        raise InputError("--precision: quantization-aware training rounds in fp32")
+    return "fp32"
+
+
+def choose_compilation(settings: Settings, device: torch.device) -> bool:
+    """Return whether to compile: wherever ``torch.compile`` works, unless the user says no."""
+    if settings.no_compile:
+        return False
+    why = why_not_compiled(device)
+    if why:
+        log.info("Without torch.compile, which does not work here: %s", why)
+    return why is None
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Return why ``torch.compile`` does not work here, in one line; None where it does."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except RuntimeError as error:  # a compiler that is missing or broken
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_has("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 
 
 def processor() -> str:
-    """The processor's name, as Linux or Python knows it."""
+    """Return the processor's name, as Linux or Python knows it."""
     try:
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -29,64 +94,9 @@ def processor() -> str:
 
 
 def machine() -> str:
-    """Processor or GPU, how much of it, PyTorch's version and the date."""
+    """Return a line for reports: GPU, processor, how many of them, PyTorch's version and the date."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
         f"{gpu}{processor()}, {os.cpu_count()} processors, torch {torch.__version__}, "
         f"{datetime.date.today().isoformat()}"
     )
-
-
-log = logging.getLogger("ncf")
-
-
-def choose_device(args: Namespace) -> torch.device:
-    """The GPU asked for, else the first one or this process's, else the CPU."""
-    if args.gpus is None:
-        on_gpu = torch.cuda.is_available() and not args.no_cuda
-        return torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
-    if args.no_cuda:
-        raise InputError("--gpus and --no-cuda exclude each other")
-    if dist.is_torchelastic_launched():
-        raise InputError("--gpus: torchrun gives each process a GPU of its own")
-    if args.gpus not in range(torch.cuda.device_count()):
-        raise InputError(f"--gpus: there is no GPU {args.gpus}: PyTorch finds {torch.cuda.device_count()}")
-    return torch.device("cuda", args.gpus)
-
-
-def choose_precision(args: Namespace, device: torch.device, schedule: CompressionSchedule) -> str:
-    """The precision asked for, else bf16 where the device has it and nothing is rounded, else fp32."""
-    if schedule.quantizer is None:
-        return args.precision or ("bf16" if native_bf16(device) else "fp32")
-    if args.precision == "bf16" and "precision" in args.given:
-        raise InputError("--precision: quantization-aware training rounds in fp32")
-    return "fp32"
-
-
-def choose_compilation(args: Namespace, device: torch.device) -> bool:
-    """Whether to compile: unless told not to, wherever it works."""
-    if args.no_compile:
-        return False
-    why = why_not_compiled(device)
-    if why:
-        log.info("Without torch.compile, which does not work here: %s", why)
-    return why is None
-
-
-PRECISIONS = ("fp32", "bf16")
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return cpu_has("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-
-
-def why_not_compiled(device: torch.device) -> str | None:
-    """Why ``torch.compile`` does not work here, in one line; None where it does."""
-    try:
-        torch.compile(torch.neg)(torch.ones(8, device=device))
-    except RuntimeError as error:  # a compiler that is missing or broken
-        return str(error).strip().splitlines()[0]
-    return None

@@ -1,0 +1,1 @@
+"""Using a trained model elsewhere: exporting it, running exported files, and recommending items to users."""

@@ -1,4 +1,4 @@
-"""Export a model to ONNX or torch.export, and check the file's scores against the model's own."""
+"""Exporting a model to ONNX or with ``torch.export``, and checking the file's scores against the model's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distiller.system.files import atomic_write
 from neural_cf.int8.engine import TABLES
 from neural_cf.int8.scorer import scorer_of
 from neural_cf.ranking.scorers import Scorer
-from neural_cf.runs.models import SavedModel, dummy_input, load_saved
+from neural_cf.runs.models import SavedModel, dummy_input, read_model
 from neural_cf.serving.exported_scorers import (
     INPUTS,
     OUTPUT,
@@ -25,27 +25,30 @@ from neural_cf.serving.exported_scorers import (
 )
 
 FORMATS = {".onnx": "onnx", ".pt2": "torch"}
-SAMPLE_USERS, SAMPLE_ITEMS, SAMPLE_SEED = 100, 100, 0  # 10,000 pairs: a second's work
-# The greatest difference of probabilities that passes. In float32, sums in another order: 1.4e-6 of 6 M scores of
-# ml-1m. Of a quantized model, a value between two levels that comes to lie on the other one: that changed 1 of 60,000
-# of these scores, by up to 0.031, which is two levels of a logit in [-8, 8] where the sigmoid is steepest.
+# The sample that is checked: 100 items for each of 100 users, a second's work.
+SAMPLE_USERS, SAMPLE_ITEMS, SAMPLE_SEED = 100, 100, 0
+# The greatest difference of probabilities that passes. A float32 model's sums may be taken in another order: of 6
+# million scores of ml-1m that changed none by more than 1.4e-6. In a quantized model, a value halfway between two
+# levels may also be rounded to the other one: that changed 1 of 60,000 of these scores, by up to 0.031, which is two
+# levels of a logit in [-8, 8] where the sigmoid is steepest.
 FLOAT_TOLERANCE, QUANTIZED_TOLERANCE = 1e-5, 0.05
-ALIKE = 1e-6  # float32 has no fewer levels than that of probabilities
+# The greatest difference of probabilities that count as equal: float32's rounding makes differences of that size.
+ALIKE = 1e-6
 
 
 class ScoresDifferError(Exception):
-    """An exported model's scores are not the checkpoint's."""
+    """An error: the exported model's scores differ from the checkpoint's."""
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Absolute differences between two models' probabilities.
+    """The absolute differences between the probabilities that two models give the same pairs of user and item.
 
     Attributes:
-        max: Greatest.
-        mean: Mean.
-        equal: Share that is at most ``ALIKE``.
-        pairs: How many.
+        max: The greatest difference.
+        mean: The mean difference.
+        equal: The share of pairs whose difference is at most ``ALIKE``.
+        pairs: The number of pairs.
     """
 
     max: float
@@ -58,7 +61,10 @@ class Differences:
 
 
 def compare_scores(model: Scorer, exported: Scorer, users: Tensor, items: Tensor) -> Differences:
-    """Compare scores of items (B, C) for users (B,): the exported model's of the first pair alone, then of all."""
+    """Return how an exported model's scores differ from the model's own, of items (B, C) for users (B,).
+
+    The first pair's score comes from a call of its own, which shows that the exported model takes any number of pairs.
+    """
     expected, found = model(users, items), exported(users, items)
     found[:1, :1] = exported(users[:1], items[:1, :1])
     difference = (expected.double() - found.double()).abs().nan_to_num(nan=torch.inf)
@@ -67,14 +73,14 @@ def compare_scores(model: Scorer, exported: Scorer, users: Tensor, items: Tensor
 
 
 def sample(saved: SavedModel) -> tuple[Tensor, Tensor]:
-    """Users (B,) and items (B, C), drawn with replacement."""
+    """Draw a model's users (B,) and items (B, C), int64, with replacement; always the same ones."""
     generator = torch.Generator().manual_seed(SAMPLE_SEED)
     users = torch.randint(saved.nb_users, (SAMPLE_USERS,), generator=generator)
     return users, torch.randint(saved.nb_items, (SAMPLE_USERS, SAMPLE_ITEMS), generator=generator)
 
 
 def write_onnx(saved: SavedModel, path: Path) -> ExportedScorer:
-    """Write a model as ONNX; what scores with the file."""
+    """Write a model as ONNX, and return a scorer that runs the file."""
     import onnx
 
     from distiller.onnx_graph import onnx_model
@@ -92,23 +98,26 @@ def write_onnx(saved: SavedModel, path: Path) -> ExportedScorer:
 
 
 def write_torch(saved: SavedModel, path: Path) -> ExportedScorer:
-    """Write a model by ``torch.export``; what scores with the file."""
+    """Write a model with ``torch.export``, and return a scorer that runs the file."""
     save_exported(saved.model, path)
     return TorchScorer(path)
 
 
 def export(saved: SavedModel, out: Path, kind: str, tolerance: float) -> Differences:
-    """Write a model and check it; the file gets its name only if it passes.
+    """Write a model, check it and print the result; the file gets its name only where the check passes.
 
     Args:
         saved: The model.
-        out: The file.
-        kind: One of ``FORMATS``' values.
+        out: The file's path.
+        kind: The format, a value of ``FORMATS``.
         tolerance: The greatest difference of probabilities that passes.
+
+    Returns:
+        The differences that the check found.
 
     Raises:
         InputError: the format cannot hold the model.
-        ScoresDifferError: a difference is greater than that; nothing is written.
+        ScoresDifferError: a difference is greater than ``tolerance``; nothing is written.
     """
     with atomic_write(out) as temporary:
         scorer = (write_onnx if kind == "onnx" else write_torch)(saved, temporary)
@@ -123,12 +132,17 @@ def export(saved: SavedModel, out: Path, kind: str, tolerance: float) -> Differe
 
 
 def exportable(path: Path, kind: str) -> SavedModel:
-    """The model of a checkpoint.
+    """Return the model of a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        kind: The format that it is to be exported to, a value of ``FORMATS``, for messages.
 
     Raises:
-        InputError: not a checkpoint, or of a model that only quantizing it makes exportable.
+        InputError: the file is no checkpoint, or its model cannot be exported: it is quantization-aware and has not
+            been quantized yet, or it is quantized dynamically.
     """
-    saved = load_saved(path)
+    saved = read_model(path)
     if saved.quantization_aware:
         raise InputError(
             f"{path} rounds as it was trained to: ncf.py --evaluate --quantize-eval makes a quantized.pth.tar of it, "

@@ -1,4 +1,7 @@
-"""Scores from exported models: of ONNX by onnxruntime, of ``torch.export`` by PyTorch."""
+"""Scorers that run exported models: ONNX files with onnxruntime, files of ``torch.export`` with PyTorch.
+
+Shapes: B users, C items of each, N pairs of user and item.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ INPUTS, OUTPUT = ("user", "item"), "score"
 
 
 def require_onnx(flag: str) -> None:
-    """Raise an ``InputError`` where a library that ``flag`` needs is missing."""
+    """Raise an ``InputError`` where a library is missing that ``flag``, as the message names it, needs."""
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{flag} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 class ExportedScorer(ABC):
-    """Calls an exported model on pairs, of one user after the other."""
+    """A scorer that runs an exported model on pairs of user and item, one user after the other."""
 
     def __call__(self, users: Tensor, items: Tensor) -> Tensor:
-        """The probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
+        """Return the probabilities (B, C) float32 of items (B, C) int64 for users (B,) int64."""
         return InParts(PAIRS_AT_ONCE)(self._scores, users, items)
 
     def _scores(self, users: Tensor, items: Tensor) -> Tensor:
@@ -35,18 +38,18 @@ class ExportedScorer(ABC):
 
     @abstractmethod
     def run(self, users: Tensor, items: Tensor) -> Tensor:
-        """The probabilities (N, 1) of pairs, (N,) int64 each."""
+        """Return the probabilities (N, 1) of pairs of users and items, (N,) int64 each."""
 
 
 class OnnxScorer(ExportedScorer):
-    """Runs an ONNX model on pairs with onnxruntime, on the CPU, in as many threads as PyTorch has.
+    """A scorer that runs an ONNX model with onnxruntime, on the CPU, in as many threads as PyTorch has.
 
     Args:
-        path: The model: ``user`` and ``item`` (N,) int64 to ``score`` (N, 1).
+        path: The ONNX file. Its inputs are ``user`` and ``item``, (N,) int64, its output is ``score``, (N, 1).
 
     Raises:
-        InputError: onnxruntime cannot run it, or it has other inputs or outputs.
-        OSError: it cannot be read.
+        InputError: onnxruntime cannot run the model, or it has other inputs or outputs.
+        OSError: the file cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -67,12 +70,13 @@ class OnnxScorer(ExportedScorer):
             raise InputError(f"{path}: its inputs and outputs are {inputs} and {outputs}, not a NeuMF's")
 
     def run(self, users: Tensor, items: Tensor) -> Tensor:
+        """Return the probabilities of pairs, as in the base class."""
         pairs = dict(zip(INPUTS, (users.numpy(), items.numpy()), strict=True))
         return torch.from_numpy(self._session.run([OUTPUT], pairs)[0])
 
 
 class _Probabilities(nn.Module):
-    """A model whose forward has no flag."""
+    """A model whose ``forward`` always returns probabilities, without a flag for it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -83,7 +87,10 @@ class _Probabilities(nn.Module):
 
 
 def save_exported(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model by ``torch.export``: ``user`` and ``item`` (N,) int64, for any N, to probabilities (N, 1)."""
+    """Write a model with ``torch.export``.
+
+    The written model's inputs are ``user`` and ``item``, (N,) int64 for any N, its output is probabilities (N, 1).
+    """
     pairs = (torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     rows = torch.export.Dim("N")
     program = torch.export.export(
@@ -94,10 +101,10 @@ def save_exported(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 class TorchScorer(ExportedScorer):
-    """Runs what ``save_exported`` wrote.
+    """A scorer that runs a file of ``save_exported`` with PyTorch.
 
     Args:
-        path: The file.
+        path: The file's path.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -106,4 +113,5 @@ class TorchScorer(ExportedScorer):
 
     @torch.no_grad()
     def run(self, users: Tensor, items: Tensor) -> Tensor:
+        """Return the probabilities of pairs, as in the base class."""
         return self._model(users, items)

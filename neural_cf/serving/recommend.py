@@ -1,31 +1,36 @@
-"""The best items that users have not rated, by original ids, from a trained or a quantized model."""
+"""Recommending: the items that a model scores best among those that a user has not rated, by original ids.
+
+Shapes: B users in a block, I items.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from distiller.system.cli import InputError
+from neural_cf.ranking.candidates import RatedItems, score_unrated, users_per_block
+from neural_cf.ranking.places import best_items
 from neural_cf.ranking.scorers import Scorer, check_finite_scores
 from neural_cf.split import Split
 
-PAIRS_AT_ONCE = 1 << 20  # whose scores are held at a time: 4 MB
+# Pairs of user and item in a block, so that memory is bounded for any number of users: 4 MB of scores, and four times
+# as much while they are sorted. Recommending runs on the processor only.
+PAIRS_PER_BLOCK = {"cpu": 1 << 20}
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """An item for a user.
+    """An item that is recommended to a user.
 
     Attributes:
-        user: Original id.
-        rank: 1 for the best.
-        item: Original id.
-        score: The model's probability.
-        title: None where it is not known.
+        user: The user's original id.
+        rank: The item's place among the user's recommendations, 1 for the best.
+        item: The item's original id.
+        score: The probability that the model gives the item.
+        title: The item's title; None where it is not known.
     """
 
     user: int
@@ -35,59 +40,46 @@ class Recommendation:
     title: str | None
 
 
-@torch.inference_mode()
-def scores_of_all(scorer: Scorer, users: Tensor, nb_items: int) -> Tensor:
-    """The probabilities (B, I) of all items for users (B,) int64, computed in blocks of items."""
-    block = max(1, PAIRS_AT_ONCE // len(users))
-    parts = [
-        scorer(users, torch.arange(start, min(start + block, nb_items)).expand(len(users), -1))
-        for start in range(0, nb_items, block)
-    ]
-    return torch.cat(parts, dim=1)
-
-
-def rated_items(split: Split, user: int) -> Tensor:
-    """All items that a user has rated, the held-out one too: (R,) int64."""
-    trained = split.train_items[split.train_users == user]
-    return torch.from_numpy(np.append(trained, split.test_items[user]).astype(np.int64))
-
-
 def best_unseen(
     scorer: Scorer, split: Split, users: list[int], n: int
 ) -> list[tuple[list[int], list[float]]]:
-    """Every user's n best items that she has not rated, fewer where there are fewer, and their scores.
+    """Return for each user the n best items that she has not rated, fewer where there are fewer, and their scores.
 
-    Where scores tie, the item of the lower number comes first.
+    The held-out test item counts as rated. Where scores tie, the item of the lower number comes first.
 
     Args:
-        scorer: What scores.
-        split: Who has rated what.
-        users: Numbers in the split.
-        n: The lists' length.
+        scorer: Scores the items.
+        split: The split that holds the users' ratings.
+        users: The users' numbers in the split.
+        n: The length of the lists.
 
     Raises:
         InputError: a score is not finite.
     """
     result = []
-    at_once = max(1, PAIRS_AT_ONCE // split.nb_items)
-    for start in range(0, len(users), at_once):
-        some = users[start : start + at_once]
-        scores = scores_of_all(scorer, torch.tensor(some), split.nb_items)
-        check_finite_scores(scores)
-        for user, row in zip(some, scores, strict=True):
-            unseen = torch.ones(split.nb_items, dtype=torch.bool)
-            unseen[rated_items(split, user)] = False
-            items = unseen.nonzero()[:, 0]
-            values, places = row[items].sort(descending=True, stable=True)
-            result.append((items[places[:n]].tolist(), values[:n].tolist()))
+    rated, length = RatedItems(split), min(n, split.nb_items)
+    block = users_per_block(split.nb_items, PAIRS_PER_BLOCK)
+    for start in range(0, len(users), block):
+        candidates = score_unrated(scorer, rated, torch.tensor(users[start : start + block]))
+        check_finite_scores(candidates.scores)
+        best = best_items(candidates, length)
+        scores = candidates.scores.gather(1, best.clamp(min=0))
+        counts = (best >= 0).sum(1).tolist()
+        for items, values, count in zip(best, scores, counts, strict=True):
+            result.append((items[:count].tolist(), values[:count].tolist()))
     return result
 
 
 def numbers_of_users(split: Split, ids: list[int], directory: Path) -> list[int]:
-    """The users' numbers in a split by their original ids.
+    """Return the numbers that users have in a split.
+
+    Args:
+        split: The split.
+        ids: The users' original ids.
+        directory: The split's directory, for messages.
 
     Raises:
-        InputError: an id that the split has not, or the split keeps no ids.
+        InputError: the split keeps no original ids, or has no user of such an id.
     """
     if split.user_ids is None or split.item_ids is None:
         raise InputError(
@@ -103,7 +95,19 @@ def numbers_of_users(split: Split, ids: list[int], directory: Path) -> list[int]
 def recommend(
     scorer: Scorer, split: Split, ids: list[int], numbers: list[int], n: int, titles: dict[int, str]
 ) -> list[Recommendation]:
-    """Every user's best items, one user after the other; arguments and errors are those of ``best_unseen``."""
+    """Return all users' recommendations, one user after the other, best first.
+
+    Args:
+        scorer: Scores the items.
+        split: The split that holds the users' ratings and the original ids.
+        ids: The users' original ids.
+        numbers: The same users' numbers in the split.
+        n: How many items each user gets, fewer where fewer are unrated.
+        titles: Titles by the items' original ids.
+
+    Raises:
+        InputError: a score is not finite.
+    """
     result = []
     for user, (items, scores) in zip(ids, best_unseen(scorer, split, numbers, n), strict=True):
         for rank, (number, score) in enumerate(zip(items, scores, strict=True), start=1):

@@ -1,0 +1,1 @@
+"""Training: optimizer, steps, epochs and checkpoints."""

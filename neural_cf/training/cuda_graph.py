@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph, captured once and replayed."""
+"""A training step that is captured once as a CUDA graph and then replayed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor
 
 from neural_cf.data.batches import Batch, Distinct
 
-WARM_UP_STEPS = (
-    3  # before a capture, as PyTorch's notes on CUDA graphs have it: kernels are chosen and memory taken
-)
+# Steps before a capture, in which kernels are chosen and memory is allocated. Their number is from PyTorch's notes on
+# CUDA graphs.
+WARM_UP_STEPS = 3
 
 
 class Capture:
-    """A step as a CUDA graph: launched as a whole, without the host's work for each kernel.
+    """A training step as a CUDA graph, which the host launches as a whole instead of kernel by kernel.
 
     Args:
-        step: Takes a batch and returns a loss on the GPU; the shapes of batches are always the same, and so are
-            the tensors that it changes. What the host computes in it is computed once.
+        step: A function that takes a batch and returns a loss on the GPU. All batches must have the same shapes, and
+            every call must change the same tensors. The host's own computations run only during the warm-up and the
+            capture, and not in a replay.
     """
 
     def __init__(self, step: Callable[[Batch], Tensor]):
@@ -28,7 +29,7 @@ class Capture:
         self._version: int | None = None
 
     def __call__(self, batch: Batch, version: int) -> Tensor:
-        """Take a step; with another ``version`` of what the step does, capture it again."""
+        """Take a step and return its loss; capture the step anew if ``version`` has changed."""
         if version != self._version:
             self._version, self._graph, self._warm_up = version, None, WARM_UP_STEPS
         if self._warm_up:
@@ -42,7 +43,7 @@ class Capture:
         return self._loss.clone()
 
     def _beside(self, batch: Batch) -> Tensor:
-        """Take the step on another stream, as a capture will."""
+        """Take a warm-up step on the stream that the capture will use."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -51,6 +52,7 @@ class Capture:
         return loss
 
     def _record(self, batch: Batch) -> None:
+        """Capture the step on a copy of the batch, whose tensors later batches are copied to."""
         self._batch = Batch(
             *(part.clone() for part in batch[:4]),
             *(Distinct(*(part.clone() for part in ids)) for ids in batch[4:]),
@@ -61,5 +63,5 @@ class Capture:
 
 
 def tensors_of(batch: Batch) -> list[Tensor]:
-    """All tensors of a batch, in a fixed order."""
+    """Return all tensors of a batch in a fixed order."""
     return [*batch[:4], *batch.distinct_users, *batch.distinct_items]

@@ -1,26 +1,30 @@
-"""Adam whose embedding tables are brought up to date row by row, as batches need them.
+"""Adam that updates only the embedding rows of a batch and equals dense Adam up to float32 rounding.
 
-Dense Adam (Kingma and Ba, arXiv:1412.6980, algorithm 1) moves every row on every step, touched or not, because its
-momentum decays slowly. Here a row waits until a batch touches it, and then makes up for the steps it was not in at
-once, to what dense Adam would have made of it up to float32 rounding. The cost of a step grows with the batch and
-not with the tables.
+Dense Adam (Kingma and Ba, arXiv:1412.6980, algorithm 1) moves every row of an embedding table in every step, because
+the momentum of a row decays slowly. Here a row waits until a batch touches it. All the steps that it skipped are then
+applied at once, in closed form, so that the cost of a step grows with the batch and not with the tables.
 
-The skipped steps. A row last moved in step t0, with moments m and v and s = sqrt(v), skips K steps, in which its
-gradient is zero. Step t0 + d moves it by
+The skipped steps in closed form. A row was last updated in step t0, with moments m and v, and s = sqrt(v). It then
+skips K steps, in which its gradient is zero. Dense Adam's step t0 + d moves the row by
 
     -c_d m / (s r_d + eps),   c_d = lr beta1^d / (1 - beta1^(t0+d)),   r_d = sqrt(beta2^d / (1 - beta2^(t0+d))).
 
-c_d falls by a factor of beta1 a step, in which r_d hardly changes. With C_i the sums of c_d r_d^i over d = 1..K,
-the second-order Taylor expansion of 1 / (s r + eps) around the mean rho = C_1 / C_0, where the first-order term
-vanishes, gives
+c_d falls by a factor of beta1 a step, while r_d hardly changes. Let C_i be the sum of c_d r_d^i over d = 1..K. The
+second-order Taylor expansion of 1 / (s r + eps) around r = rho, where the first-order term vanishes, gives the sum of
+all K movements as -delta, with
 
-    -m C_0 / D (1 + (s / D)^2 (C_2 / C_0 - rho^2)),   D = s rho + eps.
+    delta = m C_0 / D (1 + (s / D)^2 (C_2 / C_0 - rho^2)),   rho = C_1 / C_0,   D = s rho + eps.
 
-The sums come from tables. With q_i = beta1 beta2^(i/2) and h_i(t) = lr / (1 - beta1^t) / (1 - beta2^t)^(i/2),
+The moments become beta1^K m and beta2^K v.
+
+Each C_i is a difference of two table look-ups. With q_i = beta1 beta2^(i/2) and
+h_i(t) = lr / (1 - beta1^t) / (1 - beta2^t)^(i/2),
 
     G_i(t) = sum over d >= 1 of q_i^d h_i(t + d),   C_i = G_i(t0) - q_i^K G_i(t0 + K).
 
-Shapes: n rows in a table, D its width, R rows and N samples in a batch.
+``coefficients`` tabulates G_i, ``skipped_steps`` looks up C_i, and ``caught_up`` subtracts delta.
+
+Shapes: n rows in a table, W its width, R rows and N samples in a batch, T steps with coefficients of their own.
 """
 
 from __future__ import annotations
@@ -36,19 +40,20 @@ from torch.nn import functional as F
 
 from neural_cf.data.batches import Distinct
 
-# The expansion's third-order term falls with the bias correction of the second moment, from half of all movement in the
-# first steps to 4.5e-7 of it here, four roundings of float32, and to 2e-7 in the end. This is for Adam's usual betas.
+# The expansion needs bias corrections that change slowly, so the first steps are dense. Relative to the whole movement,
+# its third-order term falls from a half in the first steps to 4.5e-7 after this many, which is four roundings of
+# float32, and to 2e-7 in the end (for Adam's usual betas).
 DENSE_STEPS = 1500
-ROWS_PER_BLOCK = 1 << 14  # brought up to date at once: the published model's take 38 MB
+ROWS_PER_BLOCK = 1 << 14  # that ``flush`` brings up to date at once: 38 MB for the published model
 
 
 class Table(NamedTuple):
-    """Embedding tables that are indexed alike, side by side, with their moments: a row is one piece of memory.
+    """Embedding tables with the same ids and their moments, side by side: a row is one piece of memory.
 
     Attributes:
-        values: (n, 3, D), the parameters' dtype: the weights, and the exponential averages of gradient and squared
-            gradient.
-        last: (n,) int64, the step that each row was last moved in.
+        values: (n, 3, W) in the parameters' dtype: the weights, the first moments (averages of the gradient)
+            and the second moments (of the squared gradient).
+        last: (n,) int64, the step in which each row was last updated.
     """
 
     values: Tensor
@@ -56,13 +61,14 @@ class Table(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """A batch's rows of a table, up to date.
+    """The rows of a table that a batch touches, brought up to date.
 
     Attributes:
-        ids: Which rows.
-        weights: (R, D), the parameters' dtype.
-        decays: (R, 2), likewise: what the skipped steps leave of the two moments.
-        embeddings: (N, D), likewise: every sample's row.
+        ids: The row numbers.
+        weights: (R, W) in the parameters' dtype, the weights of the rows.
+        decays: (R, 2) in the parameters' dtype, the factors beta1^K and beta2^K by which the skipped steps shrink the
+            two moments.
+        embeddings: (N, W) in the parameters' dtype, the row of each sample.
     """
 
     ids: Distinct
@@ -72,11 +78,11 @@ class Fetched(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What a step needs to know of the steps around it, in float64.
+    """Look-up tables, in float64, for a constant learning rate. Row t of a table belongs to step t.
 
     Attributes:
-        sums: (T, 3), G_0, G_1 and G_2 of the step of that number.
-        corrections: (T, 2), of the step after it: lr / (1 - beta1^t) and sqrt(1 - beta2^t).
+        sums: (T, 3), G_0(t), G_1(t) and G_2(t).
+        corrections: (T, 2), the bias corrections of the step after t: lr / (1 - beta1^(t+1)) and sqrt(1 - beta2^(t+1)).
         log_q: (3,), the logarithms of q_0, q_1 and q_2.
     """
 
@@ -85,8 +91,14 @@ class Coefficients(NamedTuple):
     log_q: Tensor
 
 
-class Settings(NamedTuple):
-    """Of Adam: what a row must be brought up to date with, as long as it lags."""
+class Hyperparameters(NamedTuple):
+    """The hyperparameters of Adam with which the skipped steps of lagging rows must be computed.
+
+    Attributes:
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the denominator.
+    """
 
     lr: float
     betas: tuple[float, float]
@@ -94,10 +106,12 @@ class Settings(NamedTuple):
 
 
 def coefficients(lr: float, betas: tuple[float, float]) -> Coefficients:
-    """The coefficients of all steps at a constant learning rate; of later ones than the last they are the last's.
+    """Return the coefficients for a constant learning rate.
+
+    Later steps than those of the last row have the coefficients of the last row.
 
     Raises:
-        ValueError: betas that are not between 0 and 1.
+        ValueError: the betas are not between 0 and 1.
     """
     beta1, beta2 = betas
     if not (0 < beta1 < 1 and 0 < beta2 < 1):
@@ -117,23 +131,24 @@ def coefficients(lr: float, betas: tuple[float, float]) -> Coefficients:
 
 
 def skipped_steps(table: Table, rows: Tensor, clock: Tensor, known: Coefficients) -> tuple[Tensor, Tensor]:
-    """What rows have skipped up to and with step ``clock``.
+    """Return the sums over the steps that rows have skipped, up to and including step ``clock``.
 
     Args:
-        table: Whose rows.
-        rows: (R,) int64.
-        clock: (1,) int64.
-        known: Of the optimizer's learning rate.
+        table: The table of the rows.
+        rows: (R,) int64, the row numbers.
+        clock: (1,) int64, the number of the last step taken.
+        known: The coefficients for the optimizer's learning rate.
 
     Returns:
-        (R, 3): C_0, rho and C_2 / C_0 - rho^2; and (R, 2): the moments' decays. Both in the parameters' dtype.
+        (R, 3), the expansion's C_0, rho and C_2 / C_0 - rho^2; and (R, 2), the decays beta1^K and beta2^K of the
+        moments. Both are in the parameters' dtype.
     """
     since = table.last[rows]
     skipped = clock - since
     end = len(known.sums) - 1
-    powers = torch.exp(skipped[:, None] * known.log_q)  # float64: the sums below cancel
+    powers = torch.exp(skipped[:, None] * known.log_q)  # in float64, because the difference below cancels
     sums = known.sums[since.clamp(max=end)] - powers * known.sums[clock.clamp(max=end)]
-    none = sums[:, 0] == 0  # no step skipped, or steps at a learning rate of zero
+    none = sums[:, 0] == 0  # no steps skipped, or a learning rate of zero
     total = torch.where(none, 1.0, sums[:, 0])
     mean = torch.where(none, 1.0, sums[:, 1] / total)
     variance = sums[:, 2] / total - mean.square()
@@ -144,7 +159,10 @@ def skipped_steps(table: Table, rows: Tensor, clock: Tensor, known: Coefficients
 
 
 def caught_up(table: Table, rows: Tensor, expansion: Tensor, eps: float) -> Tensor:
-    """The weights (R, D) of rows after the steps that they skipped."""
+    """Return the weights (R, W) of rows after their skipped steps.
+
+    ``expansion`` is (R, 3) and comes from ``skipped_steps``.
+    """
     total, mean, variance = (expansion[:, i : i + 1] for i in range(3))
     weights, first, second = (table.values[rows, i] for i in range(3))
     root = second.sqrt()
@@ -159,7 +177,7 @@ def fetch_rows(
     known: Coefficients,
     eps: float,
 ) -> list[Fetched]:
-    """A batch's rows of every table, brought up to date; the tables stay as they are."""
+    """Return the rows of each table that a batch touches, brought up to date. The tables are not changed."""
     fetched = []
     for table, ids in zip(tables, batches, strict=True):
         expansion, decays = skipped_steps(table, ids.rows, clock, known)
@@ -177,22 +195,22 @@ def update_rows(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Take Adam's step number ``clock`` + 1 with a batch's rows and write them back; the clock moves on.
+    """Take Adam's step number ``clock`` + 1 on a batch's rows, write them back and advance the clock.
 
     Args:
-        tables: Changed in place.
-        fetched: Of ``fetch_rows`` in this step.
-        gradients: (R, D) for each table, a row's where it stands first in ``rows``.
-        clock: (1,) int64.
-        known: Of the optimizer's learning rate.
-        betas: Of the moments.
+        tables: The tables, which are changed in place.
+        fetched: What ``fetch_rows`` returned for this batch.
+        gradients: (R, W) for each table. The gradient of a row stands where its id first occurs in ``ids.rows``.
+        clock: (1,) int64, the number of the last step taken; changed in place.
+        known: The coefficients for the optimizer's learning rate.
+        betas: Decay rates of the two moments.
         eps: Added to the denominator.
     """
     beta1, beta2 = betas
     now = known.corrections[clock.clamp(max=len(known.corrections) - 1)]
     step_size, root = now.to(tables[0].values.dtype).split(1, dim=1)
     for table, (ids, weights, decays, _), gradient in zip(tables, fetched, gradients, strict=True):
-        rows, gradient = ids.rows, gradient[ids.first]  # where a row repeats, it is written alike
+        rows, gradient = ids.rows, gradient[ids.first]  # rows that repeat are all written alike
         first = table.values[rows, 1] * decays[:, :1]
         second = table.values[rows, 2] * decays[:, 1:]
         first = first + (1 - beta1) * (gradient - first)
@@ -204,28 +222,35 @@ def update_rows(
 
 
 class LazyAdam(torch.optim.Adam):
-    """``torch.optim.Adam`` that computes the steps of embedding tables only for the rows that a batch touches.
+    """``torch.optim.Adam`` that updates only those rows of embedding tables that a batch touches.
 
-    The first ``DENSE_STEPS`` steps are dense: give every parameter a gradient and call ``step``. After that
-    (``dense`` is False), for each batch: ``fetch`` its rows, compute with their embeddings, ``step`` the other
-    parameters, whose tables have no gradient, and ``update`` the rows. From the first ``fetch`` to the next
-    ``flush`` the tables lag behind. ``state_dict`` flushes; it is Adam's, and each loads the other's.
+    The first ``DENSE_STEPS`` steps are dense: give every parameter a gradient and call ``step``. Once ``dense`` is
+    False, do this for each batch:
+
+    1. ``fetch`` the rows of the batch.
+    2. Compute the loss with their embeddings and run the backward pass; the tables get no gradient.
+    3. ``step`` the other parameters.
+    4. ``update`` the rows with their gradients.
+
+    From the first ``fetch`` until the next ``flush`` the parameters and their state lag behind. ``state_dict`` flushes.
+    Its format is that of ``torch.optim.Adam``, and either optimizer can load the other's.
 
     Changes of the learning rate, the betas or eps take effect with the next step, at the cost of bringing all rows up
     to date.
 
     Attributes:
-        version: Another one whenever a CUDA graph of a step no longer holds: after such a change and a loaded state.
+        version: A number that changes whenever a captured CUDA graph of a step is no longer valid: after a change of
+            hyperparameters and after ``load_state_dict``.
 
     Args:
-        params: All parameters, in the order that Adam would be given them.
-        tables: Embedding tables among ``params``, (n, D_i) each; those indexed alike in one sequence.
+        params: All parameters, in the order in which ``torch.optim.Adam`` would get them.
+        tables: The embedding tables among ``params``, (n, W_i) each. Tables that share their ids are in one sequence.
         lr: Learning rate.
-        betas: Decays of the moments; the paper's defaults.
-        eps: Added to the denominator; the paper's default.
+        betas: Decay rates of the two moments, by default the paper's.
+        eps: Added to the denominator, by default the paper's.
 
     Raises:
-        ValueError: parameter groups in place of parameters.
+        ValueError: ``params`` has parameter groups instead of parameters.
     """
 
     def __init__(
@@ -244,59 +269,60 @@ class LazyAdam(torch.optim.Adam):
         self._parameters = [list(alike) for alike in tables]
         self._dense_steps_left = DENSE_STEPS
         self._fetch, self._update = fetch_rows, update_rows
-        self._tables: list[Table] | None = None  # made when first needed, and then kept for CUDA graphs
-        self._settings: Settings | None = None  # those that rows lag at
+        self._tables: list[Table] | None = None  # made when first needed; CUDA graphs rely on their addresses
+        self._hyperparameters: Hyperparameters | None = None  # of the steps that lagging rows have skipped
         self._lagging = False
         self.version = 0
 
     @property
     def dense(self) -> bool:
-        """Whether the next step must be a dense one."""
+        """Return whether the next step must be dense."""
         return self._dense_steps_left > 0
 
     def compile(self) -> None:
-        """Compute ``fetch`` and ``update`` with ``torch.compile``, for batches of one shape."""
+        """Compute ``fetch`` and ``update`` with ``torch.compile`` from now on, for batches of one shape."""
         self._fetch = torch.compile(fetch_rows, dynamic=False, fullgraph=True)
         self._update = torch.compile(update_rows, dynamic=False, fullgraph=True)
 
     def step(self, closure: Any = None) -> Any:
-        """Adam's step for all parameters that have a gradient."""
+        """Take Adam's step for all parameters that have a gradient."""
         if self._lagging and any(parameter.grad is not None for parameter in chain(*self._parameters)):
             self.flush()
         self._dense_steps_left -= 1
         return super().step(closure)
 
     def begin(self) -> None:
-        """Make ready for lazy steps at the current settings; ``fetch`` does so by itself."""
-        if self._lagging and self._settings != self._current_settings():
+        """Prepare for lazy steps with the current hyperparameters. ``fetch`` calls this itself."""
+        if self._lagging and self._hyperparameters != self._current_hyperparameters():
             self.flush()
         if not self._lagging:
             self._load()
 
     @torch.no_grad()
     def fetch(self, batches: Sequence[Distinct]) -> list[Fetched]:
-        """A batch's rows of the tables, up to date.
+        """Return the rows that a batch touches, brought up to date.
 
         Args:
-            batches: The distinct ids of the batch, for each sequence of ``tables``.
+            batches: The distinct ids of the batch, one entry for each sequence of ``tables``.
         """
         self.begin()
-        return self._fetch(self._tables, batches, self._clock, self._known, self._settings.eps)
+        return self._fetch(self._tables, batches, self._clock, self._known, self._hyperparameters.eps)
 
     @torch.no_grad()
     def update(self, fetched: Sequence[Fetched], gradients: Sequence[Tensor]) -> None:
-        """Take a step with the rows of the last ``fetch``.
+        """Take Adam's step for the rows of the last ``fetch``.
 
         Args:
-            fetched: What it returned.
-            gradients: (R, D) for each, a row's where it stands first in ``rows``.
+            fetched: What ``fetch`` returned.
+            gradients: (R, W) for each entry of ``fetched``. The gradient of a row stands where its id first occurs in
+                ``ids.rows``.
         """
-        betas, eps = self._settings.betas, self._settings.eps
+        betas, eps = self._hyperparameters.betas, self._hyperparameters.eps
         self._update(self._tables, fetched, gradients, self._clock, self._known, betas, eps)
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Bring all rows of all tables up to date."""
+        """Bring all rows of all tables up to date, in the parameters and in Adam's state."""
         if not self._lagging:
             return
         for table, parameters in zip(self._tables, self._parameters, strict=True):
@@ -304,7 +330,7 @@ class LazyAdam(torch.optim.Adam):
                 block = Table(*(part[start : start + ROWS_PER_BLOCK] for part in table))
                 rows = torch.arange(len(block.last), device=block.last.device)
                 expansion, decays = skipped_steps(block, rows, self._clock, self._known)
-                weights = caught_up(block, rows, expansion, self._settings.eps)
+                weights = caught_up(block, rows, expansion, self._hyperparameters.eps)
                 moments = block.values[:, 1:] * decays[:, :, None]
                 self._store(parameters, start, torch.cat([weights[:, None], moments], dim=1))
             for parameter in parameters:
@@ -312,19 +338,21 @@ class LazyAdam(torch.optim.Adam):
         self._lagging = False
 
     def lagging(self) -> list[Table] | None:
-        """The tables as they are, rows behind and all; None where nothing is behind.
+        """Return the tables with their lagging rows as they are; None if no row lags.
 
-        With ``flush`` after it, what the optimizer has is up to date, and ``restore_lagging`` still takes it back
-        to where going on gives the same bits as never having stopped.
+        A ``flush`` changes the rounding of later steps. After it, ``restore_lagging`` with these tables goes back, so
+        that training goes on to the same bits as without the ``flush``.
         """
         return self._tables if self._lagging else None
 
     @torch.no_grad()
     def restore_lagging(self, tables: Sequence[Sequence[Tensor]]) -> None:
-        """Take the tables back to a value of ``lagging``, which belongs to the weights and the state that are here.
+        """Restore tables that ``lagging`` returned.
+
+        The present weights and state must be those that a ``flush`` made of these tables.
 
         Raises:
-            ValueError: tables of other shapes, or rows that moved in no step that was.
+            ValueError: the tables have other shapes, or rows with a last step that has not been taken.
         """
         if tables is self._tables:
             self._lagging = True
@@ -339,16 +367,16 @@ class LazyAdam(torch.optim.Adam):
             own.last.copy_(last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's, with all rows up to date."""
+        """Return the state in the format of ``torch.optim.Adam``, with all rows up to date."""
         self.flush()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over an Adam's state, from here or from ``torch.optim.Adam``.
+        """Load a state of ``LazyAdam`` or ``torch.optim.Adam``.
 
         Raises:
-            ValueError: of other parameters, or of an Adam with weight decay, AMSGrad or maximizing, which rows that
-                are not touched would not follow.
+            ValueError: the state belongs to parameters of other shapes, or to an Adam with weight decay, AMSGrad or
+                maximization, for which the closed form of the skipped steps does not hold.
         """
         for group in state_dict["param_groups"]:
             for setting in ("weight_decay", "amsgrad", "maximize"):
@@ -359,7 +387,7 @@ class LazyAdam(torch.optim.Adam):
                 moment = state_dict["state"].get(number, {}).get(name, parameter)
                 if moment.shape != parameter.shape:
                     raise ValueError(f"{name} of shape {tuple(moment.shape)} for {tuple(parameter.shape)}")
-        # How to compute, unlike what, is this optimizer's own.
+        # These choose the implementation and not what is computed: this optimizer keeps its own.
         own = {name: self.param_groups[0][name] for name in ("fused", "foreach", "capturable")}
         groups = [{**group, **own} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})
@@ -367,17 +395,18 @@ class LazyAdam(torch.optim.Adam):
         self._dense_steps_left = DENSE_STEPS - int(self.state[self._parameters[0][0]].get("step", 0))
         self.version += 1
 
-    def _current_settings(self) -> Settings:
+    def _current_hyperparameters(self) -> Hyperparameters:
+        """Return the hyperparameters that the next step must have, from the parameter group."""
         group = self.param_groups[0]
-        return Settings(float(group["lr"]), tuple(group["betas"]), group["eps"])
+        return Hyperparameters(float(group["lr"]), tuple(group["betas"]), group["eps"])
 
     @torch.no_grad()
     def _load(self) -> None:
-        """Fill the tables from weights and state, all of which are up to date."""
+        """Fill the tables from the parameters and Adam's state, all of which are up to date."""
         first = self._parameters[0][0]
-        if self._settings != self._current_settings():
-            self._settings = self._current_settings()
-            known = coefficients(self._settings.lr, self._settings.betas)
+        if self._hyperparameters != self._current_hyperparameters():
+            self._hyperparameters = self._current_hyperparameters()
+            known = coefficients(self._hyperparameters.lr, self._hyperparameters.betas)
             self._known = Coefficients(*(part.to(first.device) for part in known))
             self.version += 1
         if self._tables is None:
@@ -395,16 +424,18 @@ class LazyAdam(torch.optim.Adam):
         self._lagging = True
 
     def _empty_table(self, parameters: Sequence[nn.Parameter]) -> Table:
+        """Return an uninitialized table for parameters that share their ids."""
         rows, width = len(parameters[0]), sum(parameter.shape[1] for parameter in parameters)
         values = parameters[0].new_empty(rows, 3, width, requires_grad=False)
         return Table(values, torch.empty(rows, dtype=torch.int64, device=values.device))
 
     def _parts(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a parameter's weights and two moments, in the order of ``Table.values``."""
         state = self.state[parameter]
         return parameter, state["exp_avg"], state["exp_avg_sq"]
 
     def _store(self, parameters: Sequence[nn.Parameter], start: int, values: Tensor) -> None:
-        """Write rows (R, 3, D) from number ``start`` on to weights and state."""
+        """Write rows (R, 3, W), numbered from ``start`` on, to the parameters and Adam's state."""
         widths = [parameter.shape[1] for parameter in parameters]
         for parameter, columns in zip(parameters, values.split(widths, dim=2), strict=True):
             for i, part in enumerate(self._parts(parameter)):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,79 +14,111 @@ from torch import Tensor
 from distiller.untrusted.checkpoint import load_checkpoint
 from neural_cf.model import NeuMF, StateDict, with_final_layer
 from neural_cf.runs.directory import CHECKPOINT, epochs_done, run_directory
-from neural_cf.runs.models import load_model
-from neural_cf.split import Split
+from neural_cf.runs.models import load_float
+from neural_cf.runs.run import Run
+from neural_cf.runs.settings import Settings
 
 ALPHA = 0.5  # GMF's weight in the joined model; 1 - ALPHA is the MLP's. The paper's section 4.1 has it so.
-# Each branch's own directory in the run's, and what leaves the other branch out.
-BRANCHES = {"gmf": {"layers": [0]}, "mlp": {"factors": 0}}
+# Each branch's own directory in the run's, and the settings that leave the other branch out.
+BRANCHES: dict[str, dict[str, Any]] = {"gmf": {"layers": (0,)}, "mlp": {"factors": 0}}
+# Settings of the whole model that its branches do without.
+OF_THE_WHOLE = {
+    "pretrain": None,
+    "split_final": False,
+    "threshold": None,
+    "patience": None,
+    "compress": None,
+    "report": None,
+}
+
 log = logging.getLogger("ncf")
 
 
-def train_branches(args: Namespace, train: Callable[..., Any], first: bool) -> bool:
-    """Train each branch alone, or finish its training, in its directory within ``args.out_dir``.
+class Trained(NamedTuple):
+    """What a training came to.
+
+    Attributes:
+        steps: The steps that it took.
+        finished: Whether it came to its end, and not only to the end of ``max_steps``.
+    """
+
+    steps: int
+    finished: bool
+
+
+def train_branches(run: Run, train: Callable[[Run], Trained]) -> int | None:
+    """Train each branch alone, or finish its training, in its directory within the run's.
 
     Args:
-        args: Of the whole run. Its ``max_steps``, where there is such a limit, are what is left of them afterwards.
-        train: Trains as flags say, in the ``directory`` given, None in a process that is not the first; a
-            ``running.Trained``.
-        first: Whether this is the first process.
+        run: The whole run.
+        train: Trains a model as a run's settings ask.
 
     Returns:
-        Whether both are trained to their end.
+        What is left of ``max_steps``, None without such a limit. Both branches are trained to their end unless it is 0.
     """
-    runs = {branch: branch_args(args, branch) for branch in BRANCHES}
-    with ExitStack() as held:  # the one's directory too while the other is trained
-        directories = {
-            branch: held.enter_context(run_directory(own.out_dir, None)) if first else None
-            for branch, own in runs.items()
-        }
-        for branch, own in runs.items():
-            if not (own.resume and epochs_done(Path(own.out_dir)) >= own.epochs):
+    left = run.settings.max_steps
+    with ExitStack() as held:  # the second branch's directory too while the first one is trained
+        if run.processes.first:
+            for branch in BRANCHES:
+                held.enter_context(run_directory(run.directory / branch, None))
+        for branch in BRANCHES:
+            own = branch_run(run, branch, left)
+            if not (own.settings.resume and epochs_done(own.directory) >= own.settings.epochs):
                 log.info("Training %s alone", branch.upper())
-                own.max_steps = args.max_steps
-                trained = train(own, directory=directories[branch])
-                if args.max_steps is not None:
-                    args.max_steps -= trained.steps
-            if args.max_steps == 0:
-                return False
-    return True
+                steps = train(own).steps
+                if left is not None:
+                    left -= steps
+            if left == 0:
+                break
+    return left
 
 
-def branch_args(args: Namespace, branch: str) -> Namespace:
-    """The flags of a branch's training, by those of the whole run."""
-    directory = Path(args.out_dir) / branch
-    own = {
-        "out_dir": str(directory),
-        "epochs": dict(zip(BRANCHES, args.pretrain, strict=True))[branch],
-        "learning_rate": args.pretrain_rate,
-        "resume": args.resume and (directory / CHECKPOINT).exists(),
+def branch_run(run: Run, branch: str, max_steps: int | None = None) -> Run:
+    """Return the run that trains a branch, of at most ``max_steps``."""
+    settings = replace(branch_settings(run.settings, branch), max_steps=max_steps)
+    directory = run.directory / branch
+    resume = run.settings.resume and (directory / CHECKPOINT).exists()
+    return replace(run, settings=replace(settings, out_dir=directory, resume=resume), directory=directory)
+
+
+def branch_settings(settings: Settings, branch: str) -> Settings:
+    """Return the settings of a branch's training, by those of the whole run."""
+    return replace(
+        settings,
+        **BRANCHES[branch],
+        **OF_THE_WHOLE,
+        epochs=dict(zip(BRANCHES, settings.pretrain, strict=True))[branch],
+        learning_rate=settings.pretrain_rate,
         # A branch that was stopped before its first checkpoint begins again.
-        "overwrite": args.resume or args.overwrite,
-        "given": args.given | {"learning_rate"},
-    }
-    whole_only = {"pretrain": None, "split_final": False, "threshold": None, "compress": None, "report": None}
-    return Namespace(**vars(args) | BRANCHES[branch] | whole_only | own)
+        overwrite=settings.resume or settings.overwrite,
+        given=settings.given | {"learning_rate"},
+    )
 
 
-def joined_model(args: Namespace, split: Split) -> NeuMF:
-    """The NeuMF of both trained branches, its final layer as the flags have it.
+def joined_model(run: Run) -> NeuMF:
+    """Return the NeuMF of both trained branches, its final layer as the settings have it.
 
     Raises:
-        InputError: one of them is missing, or of other data or sizes.
+        InputError: a branch is missing, or of other data or sizes.
     """
+    settings, split = run.settings, run.split
     branches = []
     for branch in BRANCHES:
-        own = branch_args(args, branch)
-        path = Path(own.out_dir) / CHECKPOINT
-        branches.append(load_model(own, path, load_checkpoint(path), split).state_dict())
-    model = NeuMF(split.nb_users, split.nb_items, args.factors, args.layers, args.split_final)
-    model.load_state_dict(with_final_layer(joined_weights(*branches), args.split_final))
+        path = run.directory / branch / CHECKPOINT
+        own = branch_settings(settings, branch)
+        branches.append(load_float(own, path, load_checkpoint(path), split).state_dict())
+    model = NeuMF(
+        split.nb_users, split.nb_items, settings.factors, list(settings.layers), settings.split_final
+    )
+    model.load_state_dict(with_final_layer(joined_weights(*branches), settings.split_final))
     return model
 
 
 def joined_weights(gmf: StateDict, mlp: StateDict) -> dict[str, Tensor]:
-    """Weights of the NeuMF whose logit is ``ALPHA`` times GMF's and 1 - ``ALPHA`` times the MLP's (equation 13)."""
+    """Return the weights of the NeuMF whose logit is ``ALPHA`` times GMF's and 1 - ``ALPHA`` times the MLP's.
+
+    That is equation 13 of the paper.
+    """
     weights = {key: tensor for key, tensor in gmf.items() if key.startswith("mf_")}
     weights |= {key: tensor for key, tensor in mlp.items() if key.startswith(("mlp.", "mlp_"))}
     final = [ALPHA * gmf["final.weight"], (1 - ALPHA) * mlp["final.weight"]]

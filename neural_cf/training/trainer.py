@@ -1,4 +1,4 @@
-"""The epoch loop: binary cross-entropy on positives and sampled negatives, checkpoints, resuming."""
+"""The epoch loop: training, evaluation, checkpoints, signals, and going on where a run was stopped."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ from neural_cf.ranking.metrics import Metrics, describe, metrics_of_ranks, resul
 from neural_cf.ranking.places import rank_test_items
 from neural_cf.ranking.scorers import float_scorer
 from neural_cf.runs.directory import BEST, CHECKPOINT
+from neural_cf.runs.progress_bar import progress_bar
 from neural_cf.runs.recorder import Recorder
-from neural_cf.split import Split
+from neural_cf.runs.run import Run
 from neural_cf.training.lazy_adam import LazyAdam, Table
 from neural_cf.training.step import Step
+
+JOINED = -1  # the number that the joined branches have as an epoch: they come before the first one
 
 log = logging.getLogger("ncf")
 
@@ -40,18 +43,21 @@ class Progress:
 
     Attributes:
         epoch: The epoch under way, or the next one.
-        step: Batches of it that are done; a run stopped within an epoch goes on from there.
+        step: Batches of that epoch that are done; a run stopped within an epoch goes on from there.
         best_hr: The highest HR@k of any epoch so far.
-        loss_sum: Over the samples of the epoch's steps.
+        loss_sum: The sum of the losses of the samples in the epoch's steps so far.
+        best_epoch: The epoch that has the highest HR@k, ``JOINED`` for the joined branches; None before there is one,
+            and for runs of earlier versions, which did not record it.
 
     Raises:
-        ValueError: that is nowhere.
+        ValueError: the values are none that training can have.
     """
 
     epoch: int = 0
     step: int = 0
     best_hr: float = -1.0
     loss_sum: float = 0.0
+    best_epoch: int | None = None
 
     def __post_init__(self) -> None:
         for count in (self.epoch, self.step):
@@ -60,39 +66,56 @@ class Progress:
         for number in (self.best_hr, self.loss_sum):
             if type(number) is not float or not math.isfinite(number):
                 raise ValueError("progress that is no number")
+        best = self.best_epoch
+        if best is not None and not (type(best) is int and JOINED <= best <= self.epoch):
+            raise ValueError("the best epoch is none that was")
 
 
-@dataclass(frozen=True)
-class Stop:
-    """When training ends.
+@dataclass
+class Pace:
+    """How long the steps and the evaluations of this process have taken, for an estimate of what is left.
 
     Attributes:
-        epochs: After this many epochs, counted from the first one ever.
-        max_steps: After this many steps of this run; None for no such limit.
-        threshold: Once HR@k reaches this; None likewise.
+        train_s: Seconds spent in whole epochs' steps.
+        steps: The number of these steps.
+        val_s: Seconds spent in evaluations.
+        evaluations: The number of these.
     """
 
-    epochs: int
-    max_steps: int | None = None
-    threshold: float | None = None
+    train_s: float = 0.0
+    steps: int = 0
+    val_s: float = 0.0
+    evaluations: int = 0
+
+    def add(self, train_s: float, steps: int, val_s: float) -> None:
+        """Count an epoch's steps and its evaluation."""
+        self.train_s, self.steps = self.train_s + train_s, self.steps + steps
+        self.val_s, self.evaluations = self.val_s + val_s, self.evaluations + 1
+
+    def seconds(self, train_s: float, steps: int, steps_left: int, evaluations_left: int) -> float:
+        """Return how long what is left will take; evaluations are counted once there has been one.
+
+        Args:
+            train_s: Seconds spent in steps that have not been added yet.
+            steps: The number of these steps.
+            steps_left: How many more steps there will be.
+            evaluations_left: How many more evaluations.
+        """
+        a_step = (self.train_s + train_s) / max(1, self.steps + steps)
+        return steps_left * a_step + evaluations_left * self.val_s / max(1, self.evaluations)
 
 
 class Trainer:
     """Trains a NeuMF, evaluates it after every epoch and keeps the last and the best checkpoint.
 
     Args:
-        step: Takes the optimizer's steps; its processes share each batch and each evaluation.
-        batches: Training samples.
-        split: Evaluated on.
+        run: What is asked for; its split is what the model is evaluated on.
+        step: Takes the optimizer's steps.
+        batches: The training samples.
         recorder: Where results and checkpoints go; None in a process that leaves them to the first one.
-        config: The resolved configuration, stored in every checkpoint.
-        cutoffs: Every k of the metrics; the first one's HR@k decides which epoch is the best.
-        ranking: What test items are ranked against, one of ``evaluation.RANKINGS``.
+        config: The resolved configuration, which every checkpoint stores.
         schedule: What ``--compress`` does to model and learning rate, bound to the optimizer.
-        log_freq: Steps between two updates of the progress bar and of TensorBoard.
-        device: The model's.
         progress: Where to go on from.
-        save_every: Steps between two checkpoints within an epoch; 0 for none.
     """
 
     # On a GPU an update waits for all steps that are under way, so that it may come a few times a second only.
@@ -100,36 +123,31 @@ class Trainer:
 
     def __init__(
         self,
+        run: Run,
         step: Step,
         batches: TrainingBatches,
-        split: Split,
         recorder: Recorder | None,
         config: Mapping[str, Any],
-        cutoffs: Sequence[int] = (10,),
-        ranking: str = "sampled",
         schedule: CompressionSchedule | None = None,
-        log_freq: int = 100,
-        device: torch.device | str = "cpu",
         progress: Progress | None = None,
-        save_every: int = 0,
     ):
+        self._run = run
+        self._settings = run.settings
         self.step = step
-        self.model, self.optimizer, self.processes = step.model, step.optimizer, step.processes
-        self.batches = batches
-        self.split = split
-        self.recorder = recorder
-        self.config = config
-        self.cutoffs = cutoffs
-        self.ranking = ranking
-        self.schedule = schedule or CompressionSchedule()
-        self.log_freq = log_freq
-        self.device = torch.device(device)
+        self.model, self.optimizer, self._processes = step.model, step.optimizer, step.processes
+        self._batches = batches
+        self._recorder = recorder
+        self._config = config
+        self._schedule = schedule or CompressionSchedule()
         self.progress = progress or Progress()
-        self.save_every = save_every
+        self._pace = Pace()
+        self._start = self.progress.epoch
+        self._taken = 0  # steps of this process
+        self._latest_hr = -math.inf
         self._losses: list[Tensor] = []  # of steps that are not in the sum yet
 
-    def run(self, stop: Stop) -> int:
-        """Train until ``stop``, or until a signal: then the step is finished, and where training stands is saved.
+    def train(self) -> int:
+        """Train until the settings' end, or until a signal: then the step is finished and the state is saved.
 
         Returns:
             The steps taken.
@@ -139,93 +157,131 @@ class Trainer:
             KeyboardInterrupt: SIGINT or, as a ``Terminated``, SIGTERM came.
         """
         with DeferredSignals() as self._signals:
-            if self.save_every and self.recorder and not (self.recorder.directory / CHECKPOINT).exists():
+            fresh = self._recorder and not (self._recorder.directory / CHECKPOINT).exists()
+            if self._settings.save_every and fresh:
                 self._save_within()
-            return self._run(stop)
+            most = math.inf if self._settings.max_steps is None else self._settings.max_steps
+            while self._taken < most and not self.finished:
+                self._run_epoch(most - self._taken)
+            return self._taken
 
     def keep_start(self) -> list[Metrics]:
-        """Evaluate the model that training starts with and keep it as the best so far; every cut-off's metrics."""
+        """Evaluate the model that training starts with, keep it as the best so far, and return all its metrics."""
         metrics = self._metrics()
         self._save(self.progress.epoch - 1, metrics[0], None)
         return metrics
 
-    def _run(self, stop: Stop) -> int:
-        limit = stop.max_steps if stop.max_steps is not None else math.inf
-        taken = 0
-        while self.progress.epoch < stop.epochs and taken < limit:
-            epoch, first_step = self.progress.epoch, self.progress.step
-            self.schedule.epoch_begin(epoch, self.model)
-            start = time.perf_counter()
-            self._train_epoch(limit - taken)
-            whole = self.progress.step == len(self.batches)
-            lagging = self._flush(keep=not whole)
-            train_time_s = time.perf_counter() - start
-            done = self.progress.step
-            average_loss = self.progress.loss_sum / self.batches.samples_in(0, done)
-            taken += done - first_step
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the threshold or the end of patience is reached."""
+        return self.progress.epoch >= self._settings.epochs or self._reached or self._out_of_patience
 
-            start = time.perf_counter()
-            metrics = self._evaluate(lagging)
-            hr = metrics[0].hr
-            val_time_s = time.perf_counter() - start
-            if whole:
-                self.schedule.epoch_end(epoch, hr)
-                self.progress.epoch, self.progress.step, self.progress.loss_sum = epoch + 1, 0, 0.0
-            times = {"train_time_s": train_time_s, "val_time_s": val_time_s}
-            samples_per_s = self.batches.samples_in(first_step, done) / train_time_s
-            self._record({"epoch": epoch, "steps": done}, metrics, average_loss, times)
-            self._save(epoch, metrics[0], lagging)
-            self._record_events({"epoch": epoch, "steps": done}, metrics, average_loss, samples_per_s)
-            log.info(
-                "Epoch %d: %s, AvgTrainLoss = %.4f, train_time = %.2f, val_time = %.2f",
-                *(epoch, describe(metrics), average_loss, train_time_s, val_time_s),
-            )
-            if stop.threshold is not None and hr >= stop.threshold:
-                log.info("HR@%d reached the threshold of %g", self.cutoffs[0], stop.threshold)
-                break
-            if self._asked_to_stop():
-                self._stop()
-        return taken
+    @property
+    def _reached(self) -> bool:
+        threshold = self._settings.threshold
+        return threshold is not None and self._latest_hr >= threshold
+
+    @property
+    def _out_of_patience(self) -> bool:
+        best = self._start - 1 if self.progress.best_epoch is None else self.progress.best_epoch
+        patience = self._settings.patience
+        return patience is not None and self.progress.epoch - 1 - best >= patience
+
+    def describe_best(self) -> str:
+        """Return the best epoch so far, its HR@k and its checkpoint, in a line."""
+        epoch = self.progress.best_epoch
+        when = "as joined, " if epoch == JOINED else "" if epoch is None else f"epoch {epoch}, "
+        where = "" if self._recorder is None else f", in {self._recorder.directory / BEST}"
+        return f"Best: {when}HR@{self._settings.k} = {self.progress.best_hr:.4f}{where}"
+
+    def _run_epoch(self, max_steps: float) -> None:
+        """Train an epoch's remaining steps, ``max_steps`` at most, evaluate, record and save."""
+        epoch, first_step = self.progress.epoch, self.progress.step
+        self._schedule.epoch_begin(epoch, self.model)
+        start = time.perf_counter()
+        self._train_epoch(max_steps)
+        whole = self.progress.step == len(self._batches)
+        lagging = self._flush(keep=not whole)
+        train_time_s = time.perf_counter() - start
+        done = self.progress.step
+        average_loss = self.progress.loss_sum / self._batches.samples_in(0, done)
+
+        start = time.perf_counter()
+        metrics = self._evaluate(lagging)
+        val_time_s = time.perf_counter() - start
+        self._latest_hr = metrics[0].hr
+        self._taken += done - first_step
+        self._pace.add(train_time_s, done - first_step, val_time_s)
+        if whole:
+            self._schedule.epoch_end(epoch, metrics[0].hr)
+            self.progress.epoch, self.progress.step, self.progress.loss_sum = epoch + 1, 0, 0.0
+        when = {"epoch": epoch, "steps": done}
+        self._record(when, metrics, average_loss, {"train_time_s": train_time_s, "val_time_s": val_time_s})
+        self._save(epoch, metrics[0], lagging)
+        samples_per_s = self._batches.samples_in(first_step, done) / train_time_s
+        self._record_events(when, metrics, average_loss, samples_per_s)
+        log.info(
+            "Epoch %d: %s, AvgTrainLoss = %.4f, train_time = %.2f, val_time = %.2f",
+            *(epoch, describe(metrics), average_loss, train_time_s, val_time_s),
+        )
+        if self._reached:
+            log.info("HR@%d reached the threshold of %g", self._settings.k, self._settings.threshold)
+        elif self._out_of_patience:
+            log.info("No epoch has been better for %d epochs", self._settings.patience)
+        elif self._asked_to_stop():
+            self._stop()
 
     def _train_epoch(self, max_steps: float) -> None:
         """Take the epoch's remaining steps, ``max_steps`` at most."""
-        progress, first = self.progress, self.progress.step
-        last = min(len(self.batches), first + max_steps)
-        updated = time.perf_counter()
+        progress, first, settings = self.progress, self.progress.step, self._settings
+        last = min(len(self._batches), first + max_steps)
+        start = updated = time.perf_counter()
+        name = f"Epoch {progress.epoch}"
         with (
-            closing(self.batches.epoch(progress.epoch, skip=first)) as batches,
-            tqdm(
-                total=len(self.batches),
-                initial=first,
-                desc=f"Epoch {progress.epoch}",
-                disable=self.recorder is None,
-            ) as bar,
+            closing(self._batches.epoch(progress.epoch, skip=first)) as batches,
+            progress_bar(len(self._batches), name, "it", first, disable=self._recorder is None) as bar,
         ):
             for batch in islice(batches, last - first):
+                if self.step.about_to_compile:
+                    bar.set_description(f"{name}, compiling ...")
                 self._losses.append(self.step(batch))
                 progress.step += 1
                 waited = time.perf_counter() - updated
-                due = waited >= self.SECONDS_BETWEEN_UPDATES[self.device.type]
-                if progress.step == last or (progress.step % self.log_freq == 0 and due):
-                    self._show(bar, self._settle_losses())
-                    updated = time.perf_counter()
+                due = waited >= self.SECONDS_BETWEEN_UPDATES[self._run.device.type]
+                if progress.step == last or (progress.step % settings.log_freq == 0 and due):
+                    loss, updated = self._settle_losses(), time.perf_counter()
+                    self._show(bar, loss, self._seconds_left(updated - start, progress.step - first))
                 if self._asked_to_stop():
                     self._save_within()
                     self._stop()
-                if self.save_every and progress.step % self.save_every == 0:
+                if settings.save_every and progress.step % settings.save_every == 0:
                     self._save_within()
 
+    def _seconds_left(self, train_s: float, steps: int) -> float:
+        """Return an estimate of how long the whole run still takes.
+
+        Args:
+            train_s: The seconds that this process has spent in the epoch under way.
+            steps: The steps that it has taken in it.
+        """
+        progress, settings = self.progress, self._settings
+        left = (settings.epochs - progress.epoch) * len(self._batches) - progress.step
+        if settings.max_steps is not None:
+            left = min(left, settings.max_steps - self._taken - steps)
+        evaluations = 1 + (progress.step + left - 1) // len(self._batches)
+        return self._pace.seconds(train_s, steps, left, evaluations)
+
     def _asked_to_stop(self) -> bool:
-        """Whether a signal has come, to any of the processes; the same in all of them."""
+        """Return whether a signal has come to any of the processes; all of them get the same answer."""
         if self._signals.received is not None:
-            self.processes.ask_to_stop()
+            self._processes.ask_to_stop()
         # Between GPUs to ask is to wait for the step.
-        waits = self.device.type == "cuda" and self.processes.world_size > 1
-        return not (waits and self.progress.step % self.log_freq) and self.processes.asked_to_stop
+        waits = self._run.device.type == "cuda" and self._processes.world_size > 1
+        return not (waits and self.progress.step % self._settings.log_freq) and self._processes.asked_to_stop
 
     def _stop(self) -> NoReturn:
         """End all processes, once the first one has saved."""
-        self.processes.agree(None)
+        self._processes.agree(None)
         self._say_stopped()
         raise interruption(self._signals.received or signal.SIGTERM)
 
@@ -236,9 +292,9 @@ class Trainer:
         )
 
     def _flush(self, keep: bool) -> list[Table] | None:
-        """Bring all rows up to date; with ``keep``, what they lagged by.
+        """Bring all rows of the tables up to date; with ``keep``, return the tables as they lagged.
 
-        A run that goes on within an epoch from there has the bits of one that never stopped.
+        A run that goes on within an epoch from lagging rows has the bits of one that never stopped.
         """
         if not isinstance(self.optimizer, LazyAdam):
             return None
@@ -247,9 +303,12 @@ class Trainer:
         return lagging
 
     def _evaluate(self, lagging: list[Table] | None) -> list[Metrics]:
-        """Every cut-off's. A signal cuts it short, where no other process waits for it, and the epoch is kept."""
+        """Return the metrics at every cut-off.
+
+        A signal cuts the evaluation short, where no other process waits for it; the trained epoch is saved then.
+        """
         try:
-            with self._signals.raised() if self.processes.world_size == 1 else nullcontext():
+            with self._signals.raised() if self._processes.world_size == 1 else nullcontext():
                 return self._metrics()
         except KeyboardInterrupt:
             self._save(self.progress.epoch, None, lagging)
@@ -257,12 +316,19 @@ class Trainer:
             raise
 
     def _metrics(self) -> list[Metrics]:
-        k, scorer = self.cutoffs[0], float_scorer(self.model)
-        ranks = rank_test_items(scorer, self.split, k, self.device, self.processes, ranking=self.ranking)
-        return [metrics_of_ranks(ranks, k) for k in self.cutoffs]
+        settings, scorer = self._settings, float_scorer(self.model)
+        ranks = rank_test_items(
+            scorer,
+            self._run.split,
+            settings.k,
+            self._run.device,
+            self._processes,
+            ranking=settings.ranking,
+        )
+        return [metrics_of_ranks(ranks, k) for k in settings.cutoffs]
 
     def _settle_losses(self) -> float:
-        """Count the latest steps' mean losses in the epoch's sum; the last one of them.
+        """Add the latest steps' losses to the epoch's sum and return the last step's mean loss.
 
         Raises:
             InputError: one of them is not finite.
@@ -273,46 +339,48 @@ class Trainer:
                 raise InputError(
                     f"the loss is {latest} in epoch {self.progress.epoch}, step {step + 1}{self._last_good()}"
                 )
-            self.progress.loss_sum += latest * self.batches.samples_in(step, step + 1)
+            self.progress.loss_sum += latest * self._batches.samples_in(step, step + 1)
         self._losses = []
         return latest
 
     def _last_good(self) -> str:
-        if self.recorder is None:
+        if self._recorder is None:
             return ""
-        kept = self.recorder.directory / CHECKPOINT
+        kept = self._recorder.directory / CHECKPOINT
         return f"; the last good checkpoint is {kept if kept.exists() else 'none'}"
 
-    def _show(self, bar: tqdm, loss: float) -> None:
-        average = self.progress.loss_sum / self.batches.samples_in(0, self.progress.step)
+    def _show(self, bar: tqdm, loss: float, seconds_left: float) -> None:
+        """Bring the progress bar up to date, and record the latest loss."""
+        average = self.progress.loss_sum / self._batches.samples_in(0, self.progress.step)
         bar.set_description(f"Epoch {self.progress.epoch} Loss {loss:.4f} ({average:.4f})", refresh=False)
+        bar.set_postfix_str(f"run {tqdm.format_interval(seconds_left)} left", refresh=False)
         bar.update(self.progress.step - bar.n)
-        if self.recorder is not None:
-            self.recorder.scalars(self._global_step(), loss=loss)
+        if self._recorder is not None:
+            self._recorder.scalars(self._global_step(), loss=loss)
 
     def _global_step(self) -> int:
-        return self.progress.epoch * len(self.batches) + self.progress.step
+        return self.progress.epoch * len(self._batches) + self.progress.step
 
     def _record(
         self, when: dict[str, int], metrics: Sequence[Metrics], loss: float, times: dict[str, float]
     ) -> None:
-        """Write a row of results. Before the checkpoint: after a kill between the two, both are done again."""
-        if self.recorder is not None:
-            self.recorder.epoch(when | results_of(metrics) | {"avg_train_loss": loss} | times)
+        """Write a row of results; before the checkpoint, so that after a kill between the two both are done again."""
+        if self._recorder is not None:
+            self._recorder.epoch(when | results_of(metrics) | {"avg_train_loss": loss} | times)
 
     def _record_events(
         self, when: dict[str, int], metrics: Sequence[Metrics], loss: float, samples_per_s: float
     ) -> None:
-        if self.recorder is not None:
+        if self._recorder is not None:
             results = results_of(metrics) | {"avg_train_loss": loss}
-            self.recorder.scalars(self._global_step(), **results, samples_per_s=samples_per_s)
-            self.recorder.weights(self.model, when["epoch"])
-            self.recorder.flush()
+            self._recorder.scalars(self._global_step(), **results, samples_per_s=samples_per_s)
+            self._recorder.weights(self.model, when["epoch"])
+            self._recorder.flush()
 
     def _save_within(self) -> None:
         """Save where training stands within an epoch, unless the losses so far say that it diverged."""
         self._settle_losses()
-        if self.recorder is None:
+        if self._recorder is None:
             return
         lagging = self._flush(keep=True)
         self._save(self.progress.epoch, None, lagging)
@@ -320,11 +388,11 @@ class Trainer:
             self.optimizer.restore_lagging(lagging)
 
     def _save(self, epoch: int, metrics: Metrics | None, lagging: list[Table] | None) -> None:
-        """Save a checkpoint, and with the best HR so far, at the first cut-off, it is the best one."""
+        """Save a checkpoint; with the best HR so far, at the first cut-off, it is kept as the best one too."""
         best = metrics is not None and metrics.hr > self.progress.best_hr
         if best:
-            self.progress.best_hr = metrics.hr
-        if self.recorder is None:
+            self.progress.best_hr, self.progress.best_epoch = metrics.hr, epoch
+        if self._recorder is None:
             return
         content = {
             "arch": "NeuMF",
@@ -332,17 +400,17 @@ class Trainer:
             "optimizer_type": type(self.optimizer).__name__,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "lagging_rows": lagging and [tuple(table) for table in lagging],
-            "schedule_state_dict": self.schedule.state_dict(),
-            "quantization_aware": self.schedule.quantizer if is_quantization_aware(self.model) else None,
+            "schedule_state_dict": self._schedule.state_dict(),
+            "quantization_aware": self._schedule.quantizer if is_quantization_aware(self.model) else None,
             "epoch": epoch,
             "progress": asdict(self.progress),
-            "k": self.cutoffs[0],
+            "k": self._settings.k,
             "hr": metrics and metrics.hr,
             "ndcg": metrics and metrics.ndcg,
-            "config": dict(self.config),
-            "data_digest": self.split.digest,
+            "config": dict(self._config),
+            "data_digest": self._run.split.digest,
         }
         # The best one first: after a kill between the two, the epoch is done again.
         if best:
-            save_checkpoint(self.recorder.directory / BEST, content)
-        save_checkpoint(self.recorder.directory / CHECKPOINT, content)
+            save_checkpoint(self._recorder.directory / BEST, content)
+        save_checkpoint(self._recorder.directory / CHECKPOINT, content)

@@ -18,7 +18,8 @@ from benchmarks.precision import Difference, Evaluation, Figures, cells, differe
 from distiller.schedule import load_schedule
 from distiller.system.cli import InputError
 from distiller.untrusted.checkpoint import load_checkpoint
-from neural_cf.commands.flags import build_parser, parse_args
+from neural_cf.commands.arguments import parse_settings as parse_args
+from neural_cf.commands.flags import build_parser
 from neural_cf.int8.search import nb_calibration_users
 from neural_cf.ranking.metrics import metrics_of_ranks
 from neural_cf.split import load_split
@@ -335,7 +336,8 @@ def test_data_that_are_not_there(make, tmp_path):
 def test_bits_after_training_are_those_of_training(flags, bits):
     """The flags say what the file says; the files differ in the weights alone."""
     eight, four = (
-        load_schedule(recipe.ROOT / name).quantizer for name in ("ncf_qat.yaml", "ncf_qat_4bit.yaml")
+        load_schedule(recipe.ROOT / "schedules" / name).quantizer
+        for name in ("ncf_qat.yaml", "ncf_qat_4bit.yaml")
     )
     assert four == eight | {"bits_weights": 4}
     settings = eight | {"bits_weights": bits}

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Outcome, call, run_ncf
+from conftest import Outcome, call, run_ncf
+from helpers_paths import ROOT
 from torch.distributed.run import get_args_parser
 
-from benchmarks import baselines, evaluation, precision, pretraining, table, training
+from benchmarks import evaluation, precision, pretraining, table, training
 from benchmarks.table import figures_in, markdown
 from distiller.system.files import file_digest
 from distiller.untrusted.checkpoint import load_checkpoint
-from neural_cf.commands import compare, convert, export, plot, recommend, synthetic
-from neural_cf.commands.flags import build_parser, parse_args
+from neural_cf.__main__ import COMMANDS
+from neural_cf.commands import convert, synthetic
+from neural_cf.commands.arguments import parse_settings
+from neural_cf.commands.flags import build_parser
+from neural_cf.runs.directory import BEST, CHECKPOINT, QUANTIZED
+from neural_cf.runs.settings import Mode, Settings
 from neural_cf.serving.export import FORMATS as EXPORT_FORMATS
 from neural_cf.split import load_split
 
@@ -71,8 +78,9 @@ def test_table_of_three_seeds():
 
 def test_figures_of_an_evaluations_line():
     """In percent, whatever stands around the line."""
-    line = "Initial HR@10 = 0.6355, NDCG@10 = 0.3720, val_time = 12.34\n"
+    line = "HR@10 = 0.6355, NDCG@10 = 0.3720, val_time = 12.34\n"
     assert figures_in(line) == pytest.approx((63.55, 37.20))
+    assert figures_in(f"Initial {line}") == pytest.approx((63.55, 37.20))  # as earlier versions print it
     assert figures_in(f"Evaluated as trained\n{line}more\n") == pytest.approx((63.55, 37.20))
     assert figures_in("Initial HR@10 = 1.0000, NDCG@10 = 0.0000, val_time = 0.00") == (100, 0)
 
@@ -258,11 +266,36 @@ def test_script_that_fails_ends_the_table(again, tmp_path):
 # --- command lines that are written down ---
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
+# A line of code that begins with a command, or a whole command in backquotes, which may be wrapped.
+PROGRAM = r"(?:/usr/bin/time -v )?(?:python|torchrun|neural-cf)"
+COMMAND = re.compile(
+    rf"^ {{4}}({PROGRAM} .*)$|`((?:/usr/bin/time -v )?(?:python|torchrun) [^`]+)`", re.MULTILINE
+)
+WITH_SETTINGS = {"train", "evaluate", "calibrate", "auto"}
+BENCHMARKS = {module.__name__: module for module in (table, precision, pretraining, training, evaluation)}
+PIP_FLAGS = {"--extra-index-url"}
+
+
+class Parsed(Exception):
+    """What takes the place of a run: the settings that a command line asks for."""
+
+
 def command_lines(text: str, start: str) -> list[list[str]]:
-    """The words after ``start`` of every line that begins with it, lines ending in a backslash joined."""
+    """Return the words after ``start`` of every line that begins with it, lines ending in a backslash joined."""
     joined = text.replace("\\\n", " ")
     found = [line.strip() for line in joined.split("\n") if line.strip().startswith(start)]
     return [shlex.split(line.removeprefix(start)) for line in found]
+
+
+def written_commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words of every command line on a page, in order, without what stands before and behind it."""
+    for match in COMMAND.finditer(page.read_text()):
+        line = " ".join((match[1] or match[2]).split()).removeprefix("/usr/bin/time -v ")
+        words = shlex.split(line.split(" > ")[0], comments=True)
+        if len(words) > 3 and "NAME" not in words:  # else it only names a program
+            yield words
 
 
 def long_flags(words: list[str]) -> set[str]:
@@ -270,62 +303,143 @@ def long_flags(words: list[str]) -> set[str]:
 
 
 def flags_of(parse: Callable[[], object]) -> set[str]:
-    """Every flag that a script's help names."""
+    """Return every flag that a script's help names."""
     outcome = call("script", parse, ("--help",))
     assert outcome.code == 0
     return set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9_-]*", outcome.out))
 
 
+def module_of(name: str):
+    """Return the module of a command of ``neural-cf``."""
+    return importlib.import_module(COMMANDS[name].module)
+
+
 def known_flags() -> dict[str, set[str]]:
+    """Return the flags of every program that the pages name."""
+    commands = {name: flags_of(lambda name=name: module_of(name).main(["--help"])) for name in COMMANDS}
+    benchmarks = {name: flags_of(module.parse_args) for name, module in BENCHMARKS.items()}
     return {
-        "ncf.py": flags_of(lambda: build_parser().parse_args()),
-        "convert.py": flags_of(lambda: convert.parse_args(None, "convert.py")),
-        "neural-cf synthetic": flags_of(lambda: synthetic.parse_args()),
-        "neural-cf baselines": flags_of(baselines.parse_args),
-        "neural-cf plot": flags_of(plot.parse_args),
-        "neural-cf compare": flags_of(compare.parse_args),
-        "neural-cf recommend": flags_of(recommend.parse_args),
-        "neural-cf export": flags_of(export.parse_args),
-        "benchmarks.table": flags_of(table.parse_args),
-        "benchmarks.precision": flags_of(precision.parse_args),
-        "benchmarks.pretraining": flags_of(pretraining.parse_args),
-        "benchmarks.training": flags_of(training.parse_args),
-        "benchmarks.evaluation": flags_of(evaluation.parse_args),
+        "ncf.py": flags_of(parse_settings),
+        "convert.py": commands["convert"],
         "torchrun": flags_of(lambda: get_args_parser().parse_args()),
+        **commands,
+        **benchmarks,
     }
 
 
-def test_command_lines_of_the_readme_parse(tmp_path, monkeypatch):
-    """With flags written out in full, in range and not at odds with each other; the files they read are there."""
+def program_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """Return which program a command line calls, and its arguments; None for one that is not this project's.
+
+    The name is ``ncf.py``, ``convert.py``, that of a command of ``neural-cf``, or that of a benchmark.
+    """
+    if words[0] == "neural-cf":
+        return words[1], words[2:]
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        return launch.training_script, launch.training_script_args
+    if words[1:3] == ["-m", "neural_cf"]:
+        return words[3], words[4:]
+    if words[1] == "-m":
+        return (words[2], words[3:]) if words[2] in BENCHMARKS else None
+    return (words[1], words[2:]) if words[1].endswith(".py") else None
+
+
+def parsed(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Settings | Namespace:
+    """Return what a program makes of its arguments, without running it; its errors are the test's."""
+    if name == "ncf.py":
+        return parse_settings(words)
+    if name in WITH_SETTINGS:
+
+        def stop(settings: Settings, prog: str) -> None:
+            raise Parsed(settings)
+
+        monkeypatch.setattr(module_of(name), "started", stop)
+        with pytest.raises(Parsed) as info:
+            module_of(name).main(words)
+        return info.value.args[0]
+    if name in ("convert", "convert.py"):
+        return convert.parse_args(words, name)
+    if name in BENCHMARKS:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        return BENCHMARKS[name].parse_args()
+    return module_of(name).parse_args(words)
+
+
+def files_made(name: str, args: Settings | Namespace) -> set[str]:
+    """Return the files that later command lines may read once this one has run."""
+    made = {str(args.report)} if getattr(args, "report", None) else set()
+    if not isinstance(args, Settings):
+        return made
+    if args.qe_stats_out:
+        made.add(str(args.qe_stats_out))
+    names = {Mode.TRAIN: [BEST, CHECKPOINT], Mode.AUTO: ["quant_auto.yaml"]}.get(args.mode, [])
+    names = [QUANTIZED] if args.quantize_eval else names
+    return made | {f"{args.out_dir}/{file}" for file in names if args.out_dir}
+
+
+def files_read(name: str, args: Settings | Namespace) -> set[str]:
+    """Return the files that a command line reads, but for ratings and splits."""
+    if isinstance(args, Settings):
+        found = (args.load, args.qe_stats_file, args.qe_config_file, args.compress)
+    elif name in ("recommend", "export"):
+        found = (args.checkpoint,)
+    else:
+        found = (args.a, args.b) if name == "compare" else ()
+    return {str(path) for path in found if path}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_of_the_pages_parse(page, tmp_path, monkeypatch):
+    """Flags are written out in full, in range and not at odds with each other, and the files they read are there.
+
+    They are in the repository, or made by a line above or by one of the README's.
+    """
     monkeypatch.chdir(tmp_path)
-    Path("run").mkdir()  # which earlier lines have made
-    lines = command_lines((ROOT / "README.md").read_text(), "python ncf.py ")
-    assert len(lines) >= 5
-    known = known_flags()["ncf.py"]
-    statistics = {None} | {path.name for path in ROOT.glob("*.yaml")}
-    for words in lines:
-        assert long_flags(words) <= known, words
-        args = parse_args(words)
-        assert args.qe_stats_file in statistics
-        statistics.add(args.qe_stats_out)
+    Path("run").mkdir()
+    known = known_flags()
+    there = {str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.yaml"), *ROOT.glob("schedules/*.yaml"))}
+    count = dict.fromkeys((PAGES[0], page), 0)
+    for each in count:
+        for program in filter(None, map(program_of, written_commands(each))):
+            name, words = program
+            assert name in known, program
+            assert long_flags(words) <= known[name], program
+            args = parsed(name, words, monkeypatch)
+            assert files_read(name, args) <= there, program
+            made = files_made(name, args)
+            for path in map(Path, made):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("{}")  # a --qe-config-file is read when its line is parsed
+            there |= made
+            count[each] += 1
+    assert count[PAGES[0]] >= 15
 
 
-def test_flags_in_the_readme_exist():
-    """Wherever it names one, in its own scripts or in torchrun."""
-    text = (ROOT / "README.md").read_text()
-    found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
-    assert found
-    assert found <= set.union(*known_flags().values())
+def test_pages_name_every_command():
+    """The README's table has them all, and each has a command line on some page."""
+    rows = re.findall(r"^\| `([a-z]+) [^`]*` \|", PAGES[0].read_text(), re.MULTILINE)
+    assert rows == list(COMMANDS)
+    used = {program[0] for page in PAGES for program in map(program_of, written_commands(page)) if program}
+    # calibrate is ncf.py's --qe-calibration on every page.
+    assert set(COMMANDS) - used <= {"calibrate"}
 
 
-def test_flags_in_quotes_in_the_readme_take_what_they_say():
+def test_flags_in_the_pages_exist():
+    """Wherever they name one: in this project's programs, in torchrun or in pip."""
+    known = set.union(PIP_FLAGS, *known_flags().values())
+    for page in PAGES:
+        found = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", page.read_text()))
+        assert found <= known, page
+
+
+def test_flags_in_quotes_in_the_pages_take_what_they_say():
     """Each word between bars is a value of the flag before it."""
-    text = (ROOT / "README.md").read_text()
-    found = re.findall(r"`(--\S+) (\w+(?:\|\w+)+)`", text)
+    pattern = re.compile(r"`(--\S+) ([\w-]+(?:\|[\w-]+)+)`")
+    found = [pair for page in PAGES for pair in pattern.findall(page.read_text())]
     assert found
     for flag, values in found:
         if flag == "--format":
-            assert set(values.split("|")) <= set(EXPORT_FORMATS.values())
+            assert set(values.split("|")) <= set(EXPORT_FORMATS.values()) | {"table", "csv", "json"}
             continue
         for value in values.split("|"):
             extra = ["--qe-clip-n-stds", "2"] if value == "n_std" else []
@@ -333,29 +447,65 @@ def test_flags_in_quotes_in_the_readme_take_what_they_say():
 
 
 def anchor(heading: str) -> str:
-    """A heading's anchor as GitHub makes it."""
+    """Return a heading's anchor as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def test_contents_of_the_readme_are_its_sections():
-    """In order; and whatever it points to within itself or beside itself is there."""
-    text = (ROOT / "README.md").read_text()
-    sections = re.findall(r"^## (.*)$", text, re.MULTILINE)
-    contents = text.split("## Contents\n")[1].split("\n## ")[0]
-    listed = re.findall(r"^- \[(.*)\]\(#(.*)\)$", contents, re.MULTILINE)
-    assert listed == [(section, anchor(section)) for section in sections if section != "Contents"]
-    anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
-    targets = re.findall(r"\]\(([^)]+)\)", text)
-    assert {target[1:] for target in targets if target.startswith("#")} <= anchors
-    files = [target for target in targets if not target.startswith(("#", "https://"))]
-    assert files
-    assert all((ROOT / target).exists() for target in files)
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings."""
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)}
 
 
-def test_targets_in_the_readme_exist():
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To a section of the page itself, or to a file of the repository and a section of that."""
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file, _, section = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), target
+        assert not section or section in anchors(path), target
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_source_files_that_pages_name_exist(page):
+    """Those that are named by their path from the repository's root."""
+    paths = set(
+        re.findall(
+            r"(?<![\w/.])(?:tests|benchmarks|distiller|neural_cf|schedules)/[\w/]+\.\w+", page.read_text()
+        )
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_contents_of_the_pages_are_their_sections():
+    """Where a page begins with a list of its sections, it has them all in order."""
+    listed = 0
+    for page in PAGES[1:]:
+        text = page.read_text()
+        contents = re.findall(r"^- \[(.*)\]\(#(.*)\)$", text.split("\n## ")[0], re.MULTILINE)
+        sections = [
+            section for section in re.findall(r"^## (.*)$", text, re.MULTILINE) if section != "Sources"
+        ]
+        if contents:
+            assert contents == [(section, anchor(section)) for section in sections], page
+            listed += 1
+    assert listed >= 4
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    """It has 1,500 words at most."""
+    text = PAGES[0].read_text()
+    assert len(text.split()) <= 1500
+    assert {f"docs/{page.name}" for page in PAGES[1:]} <= set(re.findall(r"\]\(([^)#]+)", text))
+
+
+def test_targets_in_the_pages_exist():
     """In the Makefile."""
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    text = "\n".join(page.read_text() for page in DOCUMENTS)
+    named = set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", text, re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
 
 
@@ -375,5 +525,5 @@ def test_command_lines_of_the_makefile_parse(monkeypatch):
     ratings = command_lines(text, "$(BIN)/python -m neural_cf synthetic ")
     assert len(ratings) == 1
     for words in ratings:
-        assert long_flags(words) <= known["neural-cf synthetic"]
+        assert long_flags(words) <= known["synthetic"]
         synthetic.parse_args(words)

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distiller.calibration import STATS_FILE, collect_quant_stats
+from distiller.calibration import CALIBRATED_STATS_FILE, collect_quant_stats
 from distiller.quantization.histogram import Histogram
 from distiller.quantization.statistics import columns_of_text, load_statistics
 
@@ -198,9 +198,10 @@ def test_a_calibration_without_the_sigmoid_has_no_entry_for_it():
 def test_statistics_are_saved_as_they_are_returned(tmp_path):
     model = small_model(4)
     found = collect_quant_stats(model, runner(chunked(user_batches(9, 7), 3)), tmp_path, rows_per_batch=7)
-    assert [path.name for path in tmp_path.iterdir()] == [STATS_FILE] == ["acts_quantization_stats.yaml"]
-    assert load_statistics(tmp_path / STATS_FILE) == found
-    text = (tmp_path / STATS_FILE).read_text()
+    assert CALIBRATED_STATS_FILE == "acts_quantization_stats.yaml"
+    assert [path.name for path in tmp_path.iterdir()] == [CALIBRATED_STATS_FILE]
+    assert load_statistics(tmp_path / CALIBRATED_STATS_FILE) == found
+    text = (tmp_path / CALIBRATED_STATS_FILE).read_text()
     assert "{" not in text
     assert list(yaml.safe_load(text)) == ORDERS["no_split"].split()
     assert "shape: (7, 3)" in text

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, close_logs
+from conftest import call, close_logs
+from helpers_paths import ROOT
 
 import ncf
 from benchmarks import baselines
@@ -124,7 +125,7 @@ def test_characters_that_the_output_has_not():
         ("neural-cf baselines", "benchmarks.baselines.load_split", ["x"]),
         ("neural-cf compare", "neural_cf.commands.compare.read_report", ["x", "y"]),
         ("convert.py", "neural_cf.data.conversion.read_ratings", ["x", "y"]),
-        ("neural-cf export", "neural_cf.serving.export.load_saved", ["x", "y.pt2"]),
+        ("neural-cf export", "neural_cf.serving.export.read_model", ["x", "y.pt2"]),
         ("ncf.py", "ncf.load_split", ["x"]),
         ("neural-cf plot", "neural_cf.reporting.plot.draw_runs", ["x", "-o", "y.png"]),
         ("neural-cf recommend", "neural_cf.commands.recommend.load_split", ["x", "y", "--user", "1"]),

@@ -19,7 +19,8 @@ from helpers_split import tiny_split
 from distiller.system.cli import InputError
 from distiller.untrusted.checkpoint import load_checkpoint, save_checkpoint
 from distiller.untrusted.yaml import read_yaml
-from neural_cf.commands.flags import OF_EACH_START, build_parser
+from neural_cf.commands.arguments import OF_EACH_START
+from neural_cf.commands.flags import build_parser
 from neural_cf.split import CSV_FILES, PICKLE, write_pickle
 
 pytestmark = pytest.mark.usefixtures("in_empty_directory")

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from helpers_files import files_of_at_most
+from helpers_paths import ROOT
 from helpers_training import STEPS, TRAIN, rows, same
 
 from benchmarks import faults
@@ -489,7 +489,7 @@ def test_other_errors_are_not_taken_for_memory():
         raise RuntimeError("shapes")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        InParts(candidates.PAIRS_PER_BLOCK)(fail, torch.zeros(4, 2))
+        InParts(candidates.SAMPLED_PAIRS_PER_BLOCK)(fail, torch.zeros(4, 2))
 
 
 # --- what files claim ---

@@ -42,7 +42,7 @@ def test_evaluation_at_several_cutoffs_is_that_of_its_ranks(ncf, split_dir, chec
     outcome = ncf(split_dir, *load, "-k", 1, 5, 10, "-o", "out")
     assert outcome.code == 0, outcome.err
     ranks = torch.from_numpy(np.load("out/ranks.npy"))
-    assert outcome.out.startswith(f"Initial {describe([metrics_of_ranks(ranks, k) for k in (1, 5, 10)])}, ")
+    assert outcome.out.startswith(f"{describe([metrics_of_ranks(ranks, k) for k in (1, 5, 10)])}, ")
 
 
 def test_full_ranking_is_harder_and_of_all_items(ncf, split_dir, checkpoint):

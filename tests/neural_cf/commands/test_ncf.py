@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SCHEDULE
+from helpers_paths import SCHEDULE
 
 import ncf as script
 from distiller.quantization.histogram import Histogram
@@ -43,7 +43,7 @@ EPOCH_LINE = re.compile(
     rf"Epoch (\d+): HR@10 = ({NUMBER}), NDCG@10 = ({NUMBER}), AvgTrainLoss = ({NUMBER}), "
     rf"train_time = {TIME}, val_time = {TIME}"
 )
-INITIAL_LINE = re.compile(rf"Initial (HR@10 = {NUMBER}, NDCG@10 = {NUMBER}), val_time = {TIME}")
+INITIAL_LINE = re.compile(rf"^(HR@10 = {NUMBER}, NDCG@10 = {NUMBER}), val_time = {TIME}", re.MULTILINE)
 LAYERS = [
     "mf_user_embed",
     "mf_item_embed",
@@ -73,9 +73,10 @@ def lines(text: str) -> list[str]:
 
 
 def epochs(out: str) -> list[tuple[int, float, float]]:
-    """Number, HR and NDCG of each epoch's line; every line is one, but for the first, which says how it trains."""
-    first, *rest = lines(out)
+    """Number, HR and NDCG of each epoch's line; the first line says how it trains, the last one which is the best."""
+    first, *rest, last = lines(out)
     assert first.startswith("Training with "), out
+    assert last.startswith("Best: epoch "), out
     found = [EPOCH_LINE.fullmatch(line) for line in rest]
     assert all(found), out
     return [(int(match[1]), float(match[2]), float(match[3])) for match in found]
@@ -1149,7 +1150,7 @@ def test_dynamic_quantization_does_not_depend_on_blocks(ncf, split_dir, checkpoi
     """A batch is one user's candidates, at any limit on pairs."""
     flags = ["--load", checkpoint, "--quantize-eval", "--qe-dynamic", "--qeba", "4"]
     line = initial(ncf(split_dir, *flags, "-o", "a"))
-    monkeypatch.setitem(candidates.PAIRS_PER_BLOCK, "cpu", 200)
+    monkeypatch.setitem(candidates.SAMPLED_PAIRS_PER_BLOCK, "cpu", 200)
     monkeypatch.setitem(blocks.PAIRS_AT_ONCE, "cpu", 100)
     assert initial(ncf(split_dir, *flags, "-o", "b")) == line
 
@@ -1250,7 +1251,7 @@ def test_calibration_on_training_pairs_uses_nothing_of_the_test_set(
 
 def test_statistics_do_not_depend_on_blocks(ncf, split_dir, checkpoint, stats_file, monkeypatch):
     """One user's candidates are a batch, however many are scored at once."""
-    monkeypatch.setitem(candidates.PAIRS_PER_BLOCK, "cpu", 41)
+    monkeypatch.setitem(candidates.SAMPLED_PAIRS_PER_BLOCK, "cpu", 41)
     assert ncf(split_dir, "--load", checkpoint, "--qe-calibration", 1, "-o", "out").code == 0
     (path,) = Path("out").glob("*.yaml")
     one, many = (yaml.safe_load(file.read_text()) for file in (path, stats_file))

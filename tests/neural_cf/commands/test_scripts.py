@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers_paths import ROOT
 
 SCRIPTS = ["download_dataset.sh", "verify_dataset.sh", "extract_dataset.sh"]
 USERS, ITEMS, RATED, NEGATIVES = 30, 25, 21, 999

@@ -306,5 +306,5 @@ def test_batches_drawn_ahead_are_those_drawn_at_once(split_dir, monkeypatch):
     monkeypatch.setattr(TrainingBatches, "WINDOW", 100)
     batches = TrainingBatches(load_split(split_dir), 64, 4, seed=5)
     ahead = list(batches.epoch(0))
-    monkeypatch.setattr(batches, "one_ahead", map)
+    monkeypatch.setattr("neural_cf.data.batches.one_ahead", map)
     assert equal(list(batches.epoch(0)), ahead)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from helpers_paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

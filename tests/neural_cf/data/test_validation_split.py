@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SCHEDULE
+from helpers_paths import SCHEDULE
 from helpers_split import tiny_split
 
 from distiller.system.cli import InputError

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers_paths import ROOT
 from helpers_quant import MODES, all_pairs, integer_scores, model_statistics, scores, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -381,7 +381,7 @@ COMPILED = """
 import sys
 import torch
 from helpers_quant import model_statistics, small_model
-from neumf_int8 import IntegerNeuMF
+from neural_cf.int8.engine import IntegerNeuMF
 from test_engine import quantized
 model = small_model(1, users=9, items=30, mf_dim=64, layers=(256, 256, 128, 64), gain=0.2)
 for mode in ("asym_u", "sym"):

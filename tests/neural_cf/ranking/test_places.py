@@ -123,7 +123,7 @@ def test_metrics_are_the_originals(case, k, block):
     ]
     split = make_split(negatives, test_items, len(table[0]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(candidates.PAIRS_PER_BLOCK, "cpu", block * split.nb_candidates)
+        patch.setitem(candidates.SAMPLED_PAIRS_PER_BLOCK, "cpu", block * split.nb_candidates)
         metrics = evaluate(PairScorer(Table(table)), split, k)
     assert metrics.k == k
     assert metrics.hr == pytest.approx(sum(hr for hr, _ in each) / len(each), abs=1e-12)
@@ -215,12 +215,12 @@ def test_metrics_do_not_depend_on_blocks(trained, block, monkeypatch):
     hr, ndcg = 0.0, 0.0
     with torch.no_grad():
         for user in range(split.nb_users):
-            candidates = [*split.negatives[user].tolist(), int(split.test_items[user])]
-            items = torch.tensor(candidates)
+            own = [*split.negatives[user].tolist(), int(split.test_items[user])]
+            items = torch.tensor(own)
             scores = model(torch.full_like(items, user), items, sigmoid=True).squeeze(1).tolist()
-            gain = original_metrics(candidates, scores, 10)
+            gain = original_metrics(own, scores, 10)
             hr, ndcg = hr + gain[0], ndcg + gain[1]
-    monkeypatch.setitem(candidates.PAIRS_PER_BLOCK, "cpu", block * split.nb_candidates)
+    monkeypatch.setitem(candidates.SAMPLED_PAIRS_PER_BLOCK, "cpu", block * split.nb_candidates)
     metrics = evaluate(PairScorer(model), split, 10)
     assert metrics.hr == pytest.approx(hr / split.nb_users, abs=1e-12)
     assert metrics.ndcg == pytest.approx(ndcg / split.nb_users, abs=1e-12)
@@ -235,10 +235,10 @@ def test_blocks_hold_no_more_pairs_than_the_limit(trained, monkeypatch):
         asked.append(tuple(items.shape))
         return torch.rand(items.shape)
 
-    monkeypatch.setitem(candidates.PAIRS_PER_BLOCK, "cpu", 3 * split.nb_candidates + 5)
+    monkeypatch.setitem(candidates.SAMPLED_PAIRS_PER_BLOCK, "cpu", 3 * split.nb_candidates + 5)
     evaluate(scorer, split)
     assert set(asked) == {(3, split.nb_candidates)}
-    monkeypatch.setitem(candidates.PAIRS_PER_BLOCK, "cpu", 1)
+    monkeypatch.setitem(candidates.SAMPLED_PAIRS_PER_BLOCK, "cpu", 1)
     asked.clear()
     evaluate(scorer, split)
     assert set(asked) == {(1, split.nb_candidates)}

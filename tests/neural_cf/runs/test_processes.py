@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from conftest import ROOT
+from helpers_paths import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -12,7 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import SCHEDULE, call
+from conftest import call
+from helpers_paths import SCHEDULE
 from helpers_quant import MODES, all_pairs, model_statistics, scores, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -261,7 +262,7 @@ def test_export(export, checkpoint, quantized_file, tmp_path, kind, name):
     check, summary = outcome.out.splitlines()
     assert "10000 pairs: max " in check
     assert "inputs user, item, output score" in summary
-    saved = export_module.load_saved(path)
+    saved = export_module.read_model(path)
     users, items = torch.arange(60), torch.arange(80).repeat(60, 1)
     scorer = (export_module.OnnxScorer if name.endswith("onnx") else export_module.TorchScorer)(
         tmp_path / name
@@ -304,7 +305,7 @@ def test_a_wrong_graph_is_caught(export, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(
         export_module,
         "write_onnx",
-        lambda saved, path: write(export_module.load_saved(tmp_path / "other.pth.tar"), path),
+        lambda saved, path: write(export_module.read_model(tmp_path / "other.pth.tar"), path),
     )
     assert export(checkpoint, tmp_path / "model.onnx").code == 1
     assert not (tmp_path / "model.onnx").exists()

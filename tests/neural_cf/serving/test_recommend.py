@@ -17,7 +17,7 @@ from helpers_split import tiny_split
 from neural_cf.commands import recommend as command
 from neural_cf.data.titles import TITLES, read_titles
 from neural_cf.int8.scorer import scorer_of
-from neural_cf.runs.models import load_saved
+from neural_cf.runs.models import read_model
 from neural_cf.serving import recommend as serving
 from neural_cf.split import CSV_FILES, load_split
 
@@ -58,7 +58,7 @@ def reference(checkpoint: Path, directory: Path, user_id: int, n: int) -> list[t
     pairs = zip(split.train_users.tolist(), split.train_items.tolist(), strict=True)
     rated = {item for other, item in pairs if other == user} | {int(split.test_items[user])}
     items = [item for item in range(split.nb_items) if item not in rated]
-    scores = scorer_of(load_saved(checkpoint))(torch.tensor([user]), torch.tensor([items]))[0].tolist()
+    scores = scorer_of(read_model(checkpoint))(torch.tensor([user]), torch.tensor([items]))[0].tolist()
     best = sorted(zip(items, scores, strict=True), key=lambda pair: (-pair[1], pair[0]))
     return [(int(split.item_ids[item]), score) for item, score in best[:n]]
 
@@ -72,10 +72,10 @@ def quantized_file(quantize_eval, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["float", "quantized"])
-@pytest.mark.parametrize("at_once", [1 << 20, 7])
-def test_the_best_unrated_items(recommend, split_dir, checkpoint, quantized_file, monkeypatch, kind, at_once):
+@pytest.mark.parametrize("pairs", [1 << 20, 200, 7])
+def test_the_best_unrated_items(recommend, split_dir, checkpoint, quantized_file, monkeypatch, kind, pairs):
     """As plain loops have them, in blocks of any size; users in the order asked for, each once."""
-    monkeypatch.setattr(serving, "PAIRS_AT_ONCE", at_once)
+    monkeypatch.setitem(serving.PAIRS_PER_BLOCK, "cpu", pairs)
     path = checkpoint if kind == "float" else quantized_file
     outcome = recommend(path, split_dir, "--user", 3, 1, 60, 3, "-n", 5, "--format", "json")
     assert outcome.code == 0, outcome.err

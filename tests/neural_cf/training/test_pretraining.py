@@ -11,7 +11,8 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from conftest import SCHEDULE, call, run_ncf
+from conftest import call, run_ncf
+from helpers_paths import SCHEDULE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,7 +133,7 @@ def test_branch_is_trained_alone_from_the_command_line(train, flags, absent, opt
         assert not (key.startswith(absent + "_") and tensor.numel())
     evaluated = train("--load", "whole/best.pth.tar", "--evaluate", "-o", "evaluation")
     best = load_checkpoint("whole/best.pth.tar")
-    assert evaluated.startswith(f"Initial HR@10 = {best['hr']:.4f}, NDCG@10 = {best['ndcg']:.4f}")
+    assert evaluated.startswith(f"HR@10 = {best['hr']:.4f}, NDCG@10 = {best['ndcg']:.4f}")
 
 
 @pytest.mark.parametrize(
@@ -237,13 +238,13 @@ def test_every_stage_leaves_a_run(pretrained):
 def test_joined_run_begins_with_both_branches(split_dir, pretrained, monkeypatch, train):
     """What is trained on is the sum of the two, and its metrics are printed first."""
     begun = []
-    take = Trainer.run
+    take = Trainer.train
 
-    def remember(self, stop):
+    def remember(self):
         begun.append({key: tensor.clone() for key, tensor in self.model.state_dict().items()})
-        return take(self, stop)
+        return take(self)
 
-    monkeypatch.setattr(Trainer, "run", remember)
+    monkeypatch.setattr(Trainer, "train", remember)
     out = train(*PRETRAIN, "-o", "run")
     gmf, mlp = (
         load_checkpoint(f"run/{branch}/checkpoint.pth.tar")["state_dict"] for branch in ("gmf", "mlp")
@@ -376,17 +377,17 @@ def test_branch_killed_before_its_first_checkpoint_begins_again(ncf, split_dir, 
 
 def test_branches_are_no_other_runs_while_either_is_trained(ncf, split_dir, monkeypatch, train):
     """A second run in a branch's directory is refused, also once that branch is trained."""
-    refusals, take = [], Trainer.run
+    refusals, take = [], Trainer.train
 
-    def run(self, stop):
+    def run(self):
         for branch in BRANCHES:
             with pytest.raises(InputError, match="is in use by"), run_directory(f"run/{branch}", None):
                 pass
             refusals.append(branch)
-        return take(self, stop)
+        return take(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "run", run)
+        patch.setattr(Trainer, "train", run)
         assert ncf(split_dir, *PRETRAIN, "--max-steps", 2 * STEPS + 1, "-o", "run").code == 0
     assert refusals == [*BRANCHES] * 2
     with run_directory("run/gmf", None):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers_paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -410,7 +410,7 @@ COMPILED = """
 
     import torch
 
-    from step import why_not_compiled
+    from neural_cf.runs.hardware import why_not_compiled
     from test_step import batches_of, moments, new_step, weights
 
     if why := why_not_compiled(torch.device("cpu")):
@@ -430,7 +430,7 @@ COMPILED = """
 WHY = """
     import torch
 
-    from step import why_not_compiled
+    from neural_cf.runs.hardware import why_not_compiled
 
     print(why_not_compiled(torch.device("cpu")))
 """

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_training import STEPS, TRAIN, rows, same, weights
+from helpers_training import STEPS, TRAIN, rows, run_of, same, weights
 from torch.nn import functional
 
+from distiller.system.cli import InputError
 from distiller.untrusted.checkpoint import load_checkpoint
 from neural_cf.data.batches import TrainingBatches
 from neural_cf.model import NeuMF
@@ -22,7 +23,7 @@ from neural_cf.runs.recorder import Recorder
 from neural_cf.split import Split, load_split
 from neural_cf.training import trainer
 from neural_cf.training.step import Step
-from neural_cf.training.trainer import Progress, Stop, Trainer
+from neural_cf.training.trainer import Progress, Trainer
 
 pytestmark = pytest.mark.usefixtures("in_empty_directory")
 
@@ -180,8 +181,8 @@ def test_average_loss_is_the_mean_over_samples(split_dir):
         ]
     # Weights stay, so that all batches meet the same ones.
     step = Step(model, torch.optim.SGD(model.parameters(), lr=0))
-    trainer = Trainer(step, batches, split, Recorder(Path(".")), {})
-    trainer.run(Stop(1))
+    trainer = Trainer(run_of(split, epochs=1), step, batches, Recorder(Path(".")), {})
+    trainer.train()
     expected = (sum(losses) / batches.nb_samples).item()
     assert float(rows(".")[0]["avg_train_loss"]) == pytest.approx(expected, rel=1e-6)
 
@@ -227,7 +228,7 @@ def test_best_checkpoint_is_the_epoch_with_the_highest_hr(split_dir, monkeypatch
     monkeypatch.setattr(trainer, "rank_test_items", rank)
     optimizer = torch.optim.Adam(model.parameters())
     batches = TrainingBatches(split, 2000, 4, seed=1)
-    Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(4))
+    Trainer(run_of(split, epochs=4), Step(model, optimizer), batches, Recorder(Path(".")), {}).train()
     best, last = load_checkpoint("best.pth.tar"), load_checkpoint("checkpoint.pth.tar")
     assert (best["epoch"], best["hr"], best["ndcg"]) == (1, 0.5, pytest.approx(0.5 / math.log2(3)))
     assert same(dict(best["state_dict"]), after[1])
@@ -307,17 +308,19 @@ def test_a_single_loss_that_is_not_finite_is_not_missed(split_dir, monkeypatch, 
     model = NeuMF(split.nb_users, split.nb_items, 4, [8, 4])
     batches = TrainingBatches(split, 256, 4, seed=1)
     optimizer = torch.optim.Adam(model.parameters())
-    trainer = Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}, progress=Progress())
-    step, taken = trainer.step, []
+    trainer = Trainer(
+        run_of(split, epochs=2), Step(model, optimizer), batches, Recorder(Path(".")), {}, progress=Progress()
+    )
+    step, taken = Step.__call__, []
 
-    def poisoned(batch):
+    def poisoned(self, batch):
         taken.append(1)
-        loss = step(batch)
+        loss = step(self, batch)
         return loss * value if len(taken) == 17 else loss
 
-    monkeypatch.setattr(trainer, "step", poisoned)
-    with pytest.raises(trainer.InputError, match="epoch 0, step 17;"):
-        trainer.run(Stop(2))
+    monkeypatch.setattr(Step, "__call__", poisoned)
+    with pytest.raises(InputError, match="epoch 0, step 17;"):
+        trainer.train()
     assert not list(Path(".").glob("*.tar"))
 
 
@@ -360,7 +363,7 @@ def test_known_structure_is_learned(split_final):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     batches = TrainingBatches(split, 128, 4, seed=1)
     before = evaluate(float_scorer(model), split).hr
-    Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(12))
+    Trainer(run_of(split, epochs=12), Step(model, optimizer), batches, Recorder(Path(".")), {}).train()
     results = rows(".")
     losses = [float(row["avg_train_loss"]) for row in results]
     assert before < 0.5
@@ -381,7 +384,7 @@ def test_training_teaches_only_the_users_and_items_it_meets(split_dir):
     batches = TrainingBatches(split, 128, 4, seed=1)
     seen = {int(item) for batch in batches.epoch(0) for item in batch.items}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    Trainer(Step(model, optimizer), batches, split, Recorder(Path(".")), {}).run(Stop(1))
+    Trainer(run_of(split, epochs=1), Step(model, optimizer), batches, Recorder(Path(".")), {}).train()
     changed = (model.mf_item_embed.weight != before["mf_item_embed.weight"]).any(1).nonzero().flatten()
     assert set(changed.tolist()) <= seen
     assert len(changed) > 70
