@@ -40,6 +40,7 @@ from distiller.system.cli import InputError
 
 # The first opset with 16-bit integers; ONNX Runtime reads it since 1.18 (May 2024), which reads up to IR version 10.
 OPSET, IR_VERSION = 21, 10
+SHIFT = 128  # between signed and unsigned integers of 8 bits
 MAX_BYTES = (1 << 31) - (1 << 20)  # bytes of weights: the limit of a protocol buffer, less room for nodes
 # The operators of modules without weights or attributes.
 SIMPLE = {
@@ -133,6 +134,17 @@ def integer_type(q_min: int, q_max: int) -> np.dtype:
     raise ValueError(f"ONNX has no quantized integers from {q_min} to {q_max}")
 
 
+def unsigned(params: QuantParams) -> QuantParams:
+    """Return parameters that give the same values by unsigned integers, if those given are of signed ones of 8 bits.
+
+    An integer q becomes q + ``SHIFT``. On processors without VNNI, ONNX Runtime adds two products of signed 8-bit
+    integers in 16 bits, where they saturate; it adds those of unsigned ones in 32.
+    """
+    if not (-SHIFT <= params.q_min < 0 and params.q_max < SHIFT):
+        return params
+    return QuantParams(params.scale, params.zero_point - SHIFT, params.q_min + SHIFT, params.q_max + SHIFT)
+
+
 def flat(x: Tensor) -> np.ndarray:
     """Return a tensor's values in float64: one scalar if they are all equal, else in one dimension."""
     values = x.double().flatten().numpy()
@@ -171,6 +183,7 @@ class GraphBuilder:
 
     def scale(self, name: str, params: QuantParams) -> list[str]:
         """Add ONNX's scale and zero point of these parameters and return their names; equal values become scalars."""
+        params = unsigned(params)
         scale, zero_point = flat(params.scale), flat(-params.zero_point)
         shape = np.broadcast_shapes(scale.shape, zero_point.shape)
         kind = integer_type(params.q_min, params.q_max)
@@ -191,6 +204,7 @@ class GraphBuilder:
 
     def quantize(self, name: str, x: str, params: QuantParams) -> str:
         """Add the quantization of a real tensor; it saturates at the range of ``params``, also below the type's."""
+        params = unsigned(params)
         limits = np.iinfo(integer_type(params.q_min, params.q_max))
         if (limits.min, limits.max) != (params.q_min, params.q_max):
             low, high = ((end + params.zero_point) / params.scale for end in (params.q_min, params.q_max))
@@ -233,6 +247,8 @@ class GraphBuilder:
 
     def weight(self, name: str, q: Tensor, params: QuantParams, scale: np.ndarray) -> str:
         """Add a Linear's (M, K) integers, dequantized with ONNX's ``scale``: one value, or (M,) for the rows."""
+        q = q.to(torch.int64) + (unsigned(params).q_min - params.q_min)
+        params = unsigned(params)
         kind = integer_type(params.q_min, params.q_max)
         zero_point = flat(-params.zero_point)
         shape = np.broadcast_shapes(scale.shape, zero_point.shape)
@@ -300,7 +316,9 @@ class GraphBuilder:
     def _(self, module: QuantizedEmbedding, name: str, inputs: Sequence[Value]) -> Value:
         """Add an embedding table of integers; rows are gathered before they are dequantized."""
         params = module.params
-        table = module.weight.numpy().astype(integer_type(params.q_min, params.q_max))
+        stored = unsigned(params)
+        table = module.weight.numpy().astype(np.int64) + (stored.q_min - params.q_min)
+        table = table.astype(integer_type(stored.q_min, stored.q_max))
         rows = [self.constant(f"{name}.weight", table), inputs[0].real]
         return self.value(name, self.node("Gather", rows, f"{name}/q"), params)
 

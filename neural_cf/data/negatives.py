@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from distiller.system.cli import InputError
+from neural_cf.runs.progress_bar import progress_bar
 
 
 class UnseenItems:
@@ -87,15 +87,18 @@ def draw_negatives(
     """
     random = np.random.RandomState(seed)
     counts = candidates.counts.numpy()
-    for start in tqdm(range(0, len(counts), USERS_PER_BLOCK), desc="negatives", unit="block"):
-        block = counts[start : start + USERS_PER_BLOCK]
-        if distinct:
-            ranks = np.stack([random.choice(count, nb_negatives, replace=False) for count in block])
-        else:
-            ranks = np.stack([random.randint(0, count, size=nb_negatives) for count in block])
-        users = torch.arange(start, start + len(block)).repeat_interleave(nb_negatives)
-        items = candidates.item(users, torch.from_numpy(ranks.astype(np.int64)).flatten())
-        yield items.view(len(block), nb_negatives).numpy()
+    starts = range(0, len(counts), USERS_PER_BLOCK)
+    with progress_bar(len(starts), "negatives", "block") as bar:
+        for start in starts:
+            block = counts[start : start + USERS_PER_BLOCK]
+            if distinct:
+                ranks = np.stack([random.choice(count, nb_negatives, replace=False) for count in block])
+            else:
+                ranks = np.stack([random.randint(0, count, size=nb_negatives) for count in block])
+            users = torch.arange(start, start + len(block)).repeat_interleave(nb_negatives)
+            items = candidates.item(users, torch.from_numpy(ranks.astype(np.int64)).flatten())
+            yield items.view(len(block), nb_negatives).numpy()
+            bar.update()
 
 
 def keep(blocks: Iterable[np.ndarray], into: np.ndarray) -> Iterator[np.ndarray]:

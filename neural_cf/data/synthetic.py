@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from tqdm import tqdm
 
 from distiller.system.files import atomic_write
+from neural_cf.runs.progress_bar import progress_bar
 
 MIN_RATINGS_PER_USER = 20  # as in every MovieLens set; a conversion drops users with fewer
 MIN_UNRATED_PER_USER = 2  # so that a conversion has negatives to draw from, for every user
@@ -195,7 +195,9 @@ def write_ratings(path: Path, num_users: int, num_items: int, num_ratings: int, 
     block = max(1, BLOCK_WEIGHTS // num_items)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(HEADER)
-        with tqdm(range(0, num_users, block), desc=path.name, unit="block") as starts:
+        starts = range(0, num_users, block)
+        with progress_bar(len(starts), path.name, "block") as bar:
             for start in starts:
                 table = draw_block(market, start, min(start + block, num_users), rng)
                 pa.csv.write_csv(table, file, CSV_OPTIONS)
+                bar.update()

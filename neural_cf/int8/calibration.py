@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from contextlib import closing
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import nn
-from tqdm import trange
 
 from distiller.calibration import TestFunction
 from distiller.system.cli import InputError
 from neural_cf.data.batches import TrainingBatches
 from neural_cf.ranking.candidates import first_users, score_all
+from neural_cf.runs.progress_bar import progress_bar
 from neural_cf.runs.run import Run
 
 
@@ -45,8 +46,9 @@ def calibration_data(run: Run, share: float) -> TestFunction:
 @torch.inference_mode()
 def score_training_pairs(model: nn.Module, batches: TrainingBatches, share: float) -> None:
     """Call a model on a share of an epoch's whole batches, at least one, for whoever watches it at that."""
-    whole = batches.nb_samples // batches.batch_size
-    with closing(batches.epoch(0)) as samples:
-        for _ in trange(max(1, round(share * whole)), desc="Score training pairs", unit="batch"):
-            batch = next(samples)
+    count = max(1, round(share * (batches.nb_samples // batches.batch_size)))
+    bar = progress_bar(count, "Score training pairs", "batch")
+    with closing(batches.epoch(0)) as samples, bar:
+        for batch in islice(samples, count):
             model(batch.users, batch.items, sigmoid=True)
+            bar.update()

@@ -533,7 +533,7 @@ def test_bad_input_as_a_user_meets_it(tmp_path):
 
 def test_missing_argument_is_one_line_too(refused):
     """Without the usage text."""
-    refused([], "data")
+    refused([], "SPLIT")
 
 
 # --- the command lines of the README, smaller ---

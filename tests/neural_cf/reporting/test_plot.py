@@ -26,10 +26,8 @@ INT8 = ROW | {
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
     """The figures that are saved; saving goes on."""
-    figures = []
-    monkeypatch.setattr(
-        plot, "save", lambda figure, path: figures.append(figure) or figures.save(figure, path)
-    )
+    figures, save = [], plot.save
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or save(figure, path))
     return figures
 
 
@@ -248,5 +246,5 @@ def test_place_for_the_picture_is_checked(run_dir, tmp_path, out, told):
 
 
 def test_without_matplotlib_there_is_one_line(run_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("recording.has_matplotlib", lambda: False)
+    monkeypatch.setattr("neural_cf.runs.recorder.has_matplotlib", lambda: False)
     assert "pip install matplotlib" in refused(run_dir, "-o", tmp_path / "a.png")
