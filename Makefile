@@ -50,13 +50,13 @@ faults: $(VENV)/installed
 fuzz: $(VENV)/tests-installed
 	FUZZ_EXAMPLES=10000 $(PYTEST) --durations=0 tests/distiller/untrusted/test_fuzz.py
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
 $(VENV)/tests-installed: $(VENV)/installed pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 clean:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
+import fcntl
 import json
+import os
+import pty
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +41,8 @@ TRAIN = ["--layers", 8, 6, 4, "-f", 4, "-l", 0.01, "-s", 1, "-b", 64, "-e", EPOC
 SAVE_EVERY = 7  # steps
 # Of one process before it is killed. With this many, 50 kills take a run to its end, and through lazy steps.
 MOST_STEPS = 120
-SHOWING_S = 0.1  # seconds between two updates of the progress bar
+COLUMNS = 200  # of the terminal: more than a bar takes
+SHOWING_S = 0.5  # seconds between two updates of the progress bar
 STARTS_KILLED = 0.2  # the share of processes that are killed while they start
 STARTING_S = 4.0  # seconds in which these are killed
 PROGRESS = re.compile(r"Epoch (\d+)[^\r]*?\| (\d+)/(\d+) \[")
@@ -46,7 +53,22 @@ def start(split: Path, out: Path) -> subprocess.Popen:
     going_on = ["--resume"] if (out / CHECKPOINT).exists() else [*TRAIN, "--overwrite"]
     command = [sys.executable, ROOT / "ncf.py", split, *going_on, "--save-every", SAVE_EVERY, "--log-freq", 1]
     words = [*map(str, command), "-o", str(out)]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1)
+    terminal, end = pty.openpty()  # on which a progress bar moves
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, COLUMNS, 0, 0))
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=end)
+    os.close(end)
+    process.stderr = os.fdopen(terminal, "rb", buffering=0)
+    return process
+
+
+def read_shown(process: subprocess.Popen) -> str:
+    """Return what a process has shown since the last call, once there is something; nothing at its end."""
+    try:
+        return process.stderr.read(1024).decode(errors="replace")
+    except OSError as error:
+        if error.errno != errno.EIO:  # a terminal that nobody writes to any more
+            raise
+        return ""
 
 
 def kill(process: subprocess.Popen, moment: random.Random) -> str:
@@ -57,7 +79,7 @@ def kill(process: subprocess.Popen, moment: random.Random) -> str:
     else:
         steps = moment.uniform(0, MOST_STEPS)
         while process.poll() is None and steps_seen(text) - first < steps:
-            text += process.stderr.read(64)
+            text += read_shown(process)
             first = first or steps_seen(text)
         time.sleep(moment.uniform(0, SHOWING_S))
     process.kill()
@@ -76,7 +98,9 @@ def broken_run(split: Path, out: Path, kills: int, moment: random.Random) -> lis
     while True:
         process = start(split, out)
         text = kill(process, moment) if len(lost) < kills else ""
-        text += process.stderr.read()
+        while shown := read_shown(process):
+            text += shown
+        process.stderr.close()
         code, saved = process.wait(), steps_saved(out)
         if code == 0:
             return lost

@@ -65,8 +65,13 @@ def portion(text: str) -> float:
     return value
 
 
-def add_post_train_quant_args(parser: ArgumentParser) -> None:
-    """Add the group "Post-Training Quantization Arguments" to a parser."""
+def add_post_train_quant_args(parser: ArgumentParser, calibration: bool = True) -> None:
+    """Add the group "Post-Training Quantization Arguments" to a parser.
+
+    Args:
+        parser: The parser.
+        calibration: Add ``--qe-calibration`` too, which does not evaluate.
+    """
     group = parser.add_argument_group("Post-Training Quantization Arguments")
     add = group.add_argument
     add("--quantize-eval", "--qe", action="store_true", help="quantize the model, then evaluate it")
@@ -82,7 +87,7 @@ def add_post_train_quant_args(parser: ArgumentParser) -> None:
         "wherever the settings allow it (default: %(default)s)",
     )
     add("--qe-convert-pytorch", "--qept", action="store_true", help="the same as --qe-engine integer")
-    _add_sources(group)
+    _add_sources(group, calibration)
 
 
 def _add_modes_and_bits(add: AddArgument) -> None:
@@ -178,18 +183,19 @@ def _add_scales(add: AddArgument) -> None:
     )
 
 
-def _add_sources(group: _ArgumentGroup) -> None:
+def _add_sources(group: _ArgumentGroup, calibration: bool) -> None:
     add = group.add_mutually_exclusive_group().add_argument
     add("--qe-stats-file", metavar="PATH", help="the statistics of activations that --qe-calibration wrote")
     add(
         "--qe-dynamic", action="store_true", help="find ranges anew on every batch, which is one user's items"
     )
-    add(
-        "--qe-calibration",
-        type=portion,
-        metavar="PORTION",
-        help="collect statistics on this share of the data, for example 0.1, and stop",
-    )
+    if calibration:
+        add(
+            "--qe-calibration",
+            type=portion,
+            metavar="PORTION",
+            help="collect statistics on this share of the data, for example 0.1, and stop",
+        )
     add("--qe-config-file", metavar="PATH", help="a YAML file with a quantizer's settings, in place of flags")
 
 

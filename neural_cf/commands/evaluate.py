@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_half_precision(evaluation)
     add_metrics(evaluation.add_argument)
     add_run_flags(parser.add_argument_group("Run").add_argument)
-    add_post_train_quant_args(parser)
+    add_post_train_quant_args(parser, calibration=False)
     add_loss_report(parser.add_argument_group("Report of what quantization loses").add_argument)
     settings = parse_settings(argv, parser)
     with started(settings, PROG) as run:

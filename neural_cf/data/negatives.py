@@ -15,6 +15,8 @@ from torch import Tensor
 from distiller.system.cli import InputError
 from neural_cf.runs.progress_bar import progress_bar
 
+USERS_PER_BLOCK = 2048  # 2 M negatives at 999 each: 16 MB as int64
+
 
 class UnseenItems:
     """A look-up of the items outside every user's list, by rank in ascending order.
@@ -66,9 +68,6 @@ class UnseenItems:
         """
         below = torch.searchsorted(self._keys, users * self._stride + ranks, right=True)
         return ranks + below - self._start[users]
-
-
-USERS_PER_BLOCK = 2048  # 2 M negatives at 999 each: 16 MB as int64
 
 
 def draw_negatives(

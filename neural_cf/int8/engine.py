@@ -73,6 +73,7 @@ class IntegerNeuMF:
         ]
         self._prepare_product()
         self._prepare_final(self._item_integers.shape[1], model.mlp[-1].weight.shape[0])
+        self.compiled = compiled
         self._in_integers = for_one_shape(self._integers) if compiled else self._integers
         self._parts = InParts(COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE)
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from distiller.system.memory import MEMORY_ERRORS
 from neural_cf.ranking.blocks import fewer_users
 from neural_cf.ranking.scorers import PairScorer, Scorer
+from neural_cf.runs.progress_bar import progress_bar
 from neural_cf.split import Split
 
 # Pairs of user and item in a block, by kind of device. Of sampled candidates: at most a second of a processor's work,
@@ -121,8 +121,9 @@ def score_all(model: nn.Module, split: Split, nb_users: int, device: torch.devic
     """Run a model once on each candidate of the first ``nb_users`` users, for observers that are attached to it."""
     scored = score_candidates(PairScorer(model, retry=False), split, range(nb_users), device, retry=False)
     blocks = -(-nb_users // users_per_block(split.nb_candidates, SAMPLED_PAIRS_PER_BLOCK, device))
-    for _ in tqdm(scored, total=blocks, desc="Score test users", unit="block"):
-        pass
+    with progress_bar(blocks, "Score test users", "block") as bar:
+        for _ in scored:
+            bar.update()
 
 
 def first_places(items: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from neural_cf.ranking.candidates import Candidates, score_full, score_sampled
 from neural_cf.ranking.metrics import Metrics, metrics_of_ranks
 from neural_cf.ranking.scorers import Scorer, check_finite_scores
 from neural_cf.runs.processes import Processes
+from neural_cf.runs.progress_bar import progress_bar
 from neural_cf.split import Split
 
 
@@ -114,12 +114,15 @@ def place_test_items(
     shapes = [(nb_users,)] * 3 + [(nb_users, length)]
     places = Places(*(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes))
     done = users.start
-    bar = tqdm(total=len(users), desc="Evaluate", unit="user", mininterval=0.5, disable=not processes.first)
-    with bar:
+    with progress_bar(len(users), "Evaluate", "user", disable=not processes.first) as bar:
+        if getattr(scorer, "compiled", False):
+            bar.set_postfix_str("compiling ...")
         for candidates in RANKINGS[ranking](scorer, split, users, device):
             count = len(candidates.items)
             for whole, block in zip(places, place_last(candidates, length), strict=True):
                 whole[done : done + count] = block
+            if done == users.start:
+                bar.set_postfix_str("", refresh=False)
             done += count
             if bar.update(count):
                 metrics = metrics_of_ranks(places.ranks[users.start : done], k)

@@ -103,6 +103,7 @@ class FactoredScorer:
             self._final_bias = model.final.bias
             mf_dim = model.mf_item_embed.weight.shape[1]
             self._mf_weight, self._mlp_weight = model.final.weight[0].tensor_split([mf_dim])
+        self.compiled = compiled
         self._compute = for_one_shape(self._scores) if compiled else self._scores
         self._parts = InParts(COMPILED_PAIRS_AT_ONCE if compiled else PAIRS_AT_ONCE)
 

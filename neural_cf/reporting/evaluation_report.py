@@ -130,7 +130,7 @@ def circumstances(run: Run) -> dict[str, Any]:
     split, device = run.split, run.device
     return {
         "command": command_line(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": {
             "path": str(run.settings.data),
             "digest": split.digest,

@@ -8,7 +8,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 LINE_EVERY_S = 10.0  # a log of an hour's run then has 360 lines
-BAR_EVERY_S = 0.1  # tqdm's own
+BAR_EVERY_S = 0.5  # what stands beside a bar takes time to compute
 LINE_FORMAT = "{desc}{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 

@@ -278,26 +278,26 @@ def broken_checkpoint(kind: str, good: Path, path: Path, marker: Path) -> None:
         "no weights": lambda: {},
         "items that differ": lambda: state_dict | {"mf_item_embed.weight": torch.zeros(79, 4)},
     }
+    others = {
+        "a command": lambda: content | {"extras": Command(marker)},
+        "another class": lambda: content | {"optimizer_type": torch.optim.SGD},
+        "a list": lambda: [1, 2, 3],
+        "no state_dict": lambda: {"epoch": 1},
+        "text for weights": lambda: {"state_dict": {"mlp.0.weight": "heavy"}},
+    }
+    texts = {
+        "text": b"not a checkpoint\nat all\n",
+        "empty": b"",
+        "random": np.random.default_rng(0).bytes(2000),
+    }
     if kind in changed:
         torch.save(content | {"state_dict": changed[kind]()}, path)
+    elif kind in others:
+        torch.save(others[kind](), path)
+    elif kind in texts:
+        path.write_bytes(texts[kind])
     elif kind == "a directory":
         path.mkdir()
-    elif kind == "a command":
-        torch.save(content | {"extras": Command(marker)}, path)
-    elif kind == "another class":
-        torch.save(content | {"optimizer_type": torch.optim.SGD}, path)
-    elif kind == "a list":
-        torch.save([1, 2, 3], path)
-    elif kind == "no state_dict":
-        torch.save({"epoch": 1}, path)
-    elif kind == "text for weights":
-        torch.save({"state_dict": {"mlp.0.weight": "heavy"}}, path)
-    elif kind == "text":
-        path.write_text("not a checkpoint\nat all\n")
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "random":
-        path.write_bytes(np.random.default_rng(0).bytes(2000))
     elif kind != "missing":
         whole = good.read_bytes()
         path.write_bytes(whole[: int(len(whole) * float(kind))])

@@ -1026,6 +1026,20 @@ OPERATIONS = st.one_of(
 )
 
 
+def interrupt(optimizer: LazyAdam, how: str, rate_is_new: bool) -> None:
+    """Bring rows up to date between two steps, or store and load what the optimizer has."""
+    if how == "flush":
+        optimizer.flush()
+    elif how == "state":
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        rows = optimizer.lagging()
+        rows = rows and [tuple(part.clone() for part in table) for table in rows]
+        if rows and not rate_is_new:
+            optimizer.flush()
+            optimizer.restore_lagging(rows)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     start=st.sampled_from([1500, 1501, 2345, 37_405, 200_000]),
@@ -1046,16 +1060,8 @@ def test_any_course_ends_where_dense_adam_does(start, operations, scale, seed):
         if isinstance(operation, float):
             set_rate(operation, lazy, dense)
             rate_is_new = True
-        elif operation == "flush":
-            lazy.optimizer.flush()
-        elif operation == "state":
-            lazy.optimizer.load_state_dict(copy.deepcopy(lazy.optimizer.state_dict()))
-        elif operation == "lagging":
-            rows = lazy.optimizer.lagging()
-            rows = rows and [tuple(part.clone() for part in table) for table in rows]
-            if rows and not rate_is_new:
-                lazy.optimizer.flush()
-                lazy.optimizer.restore_lagging(rows)
+        elif isinstance(operation, str):
+            interrupt(lazy.optimizer, operation, rate_is_new)
         else:
             rate_is_new = False
             count = operation if isinstance(operation, int) else 1
