@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 import secrets
 from argparse import Action, Namespace
@@ -16,6 +17,7 @@ from neural_cf.commands.conflicts import check_settings
 from neural_cf.commands.flags import PRETRAIN_EPOCHS, build_parser
 from neural_cf.runs.directory import CHECKPOINT, CONFIG
 from neural_cf.runs.settings import Settings, setting_names
+from neural_cf.shipped import shipped_file
 
 # What a resumed run does not take over from the settings it began with.
 OF_EACH_START = {"data", "out_dir", "resume", "overwrite", "load", "reset_optimizer", "max_steps", "report"}
@@ -51,6 +53,9 @@ def parse_settings(argv: Sequence[str] | None = None, parser: ArgumentParser | N
         more = settings_of_file(config, given, parser)
         values |= more
         given |= {name for name, value in more.items() if frozen(value) != frozen(parser.get_default(name))}
+    for name in ("compress", "qe_stats_file"):
+        if values.get(name):
+            values[name] = own_or_shipped(f"--{name.replace('_', '-')}", values[name])
     values["pretrain"] = epochs_of_branches(values.get("pretrain"))
     if values.get("qe_config_file"):
         values["split_final"] |= asks_for_split(values["qe_config_file"])
@@ -89,6 +94,21 @@ def asks_for_split(path: str) -> bool:
     return value
 
 
+def own_or_shipped(flag: str, path: str) -> str:
+    """Return a path, or where there is no such file, the file of that name that comes with the package."""
+    shipped = None if Path(path).exists() else shipped_file(path)
+    if shipped is None:
+        return path
+    _note(f"{flag}: {path} is the one that comes with neural-cf")
+    return str(shipped)
+
+
+def _note(text: str) -> None:
+    """Print a line, in the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
 def settings_of_file(path: Path, given: Collection[str], parser: ArgumentParser) -> dict[str, Any]:
     """Return the settings of a ``--config`` file that no flag gives, and say which of its entries are none.
 
@@ -112,7 +132,7 @@ def settings_of_file(path: Path, given: Collection[str], parser: ArgumentParser)
         )
     passed_over = sorted(content.keys() & RECORDED)
     if passed_over:
-        print(f"{where}: without {', '.join(passed_over)}, which are of the run that wrote it")
+        _note(f"{where}: without {', '.join(passed_over)}, which are of the run that wrote it")
     found = {name: value for name, value in content.items() if name not in RECORDED}
     actions = {action.dest for action in parser._actions}
     foreign = sorted(

@@ -1,4 +1,4 @@
-"""Compare two evaluation reports user by user."""
+"""``neural-cf compare``: compare two evaluation reports user by user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ PROG = "neural-cf compare"
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Return the command line's arguments."""
-    parser = ArgumentParser(prog=PROG, description=__doc__)
+    parser = ArgumentParser(
+        prog=PROG, description="Compare two evaluation reports of the same data user by user."
+    )
     parser.add_argument("a", type=Path, metavar="A.json", help="what ncf.py --report wrote")
     parser.add_argument(
         "b", type=Path, metavar="B.json", help="the same of another model; differences are B - A"

@@ -1,4 +1,4 @@
-"""Export a model to ONNX or torch.export, and check its scores."""
+"""``neural-cf export``: write a model as ONNX or for torch.export, and check its scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     Raises:
         InputError: one of them is out of its range.
     """
-    parser = ArgumentParser(prog=PROG, description=__doc__)
+    parser = ArgumentParser(
+        prog=PROG,
+        description="Write a model as ONNX or for torch.export, and check its scores against the checkpoint's.",
+    )
     add = parser.add_argument
     add("checkpoint", type=Path, help="best.pth.tar, or quantized.pth.tar for integers")
     add("out", type=Path, help="file to write, in place of what is there")

@@ -1,4 +1,4 @@
-"""Draw training curves of runs, or the precision table."""
+"""``neural-cf plot``: draw training curves of runs, or the precision table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         InputError: the picture's name has another ending.
     """
-    parser = ArgumentParser(prog=PROG, description=__doc__)
+    parser = ArgumentParser(
+        prog=PROG, description="Draw loss and HR@k of runs by epoch, or what each precision costs."
+    )
     add = parser.add_argument
     add(
         "sources",

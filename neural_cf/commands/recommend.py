@@ -1,4 +1,4 @@
-"""Print the best items for users."""
+"""``neural-cf recommend``: print the best items for users."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FORMATS = ("table", "csv", "json")
 
 
 def as_rows(found: list[Recommendation], with_titles: bool) -> list[dict[str, object]]:
-    """What is printed of each, by column."""
+    """Return what is printed of each recommendation, by column."""
     columns = ["user", "rank", "item", "score", *(["title"] if with_titles else [])]
     return [{name: getattr(x, name) for name in columns} for x in found]
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """Columns in line, numbers to the right."""
+    """Print rows as a table with aligned columns."""
     cells = [
         [("" if x is None else f"{x:.4f}" if isinstance(x, float) else str(x)) for x in row.values()]
         for row in rows
@@ -45,7 +45,7 @@ def print_table(rows: list[dict[str, object]]) -> None:
 
 
 def print_rows(rows: list[dict[str, object]], form: str) -> None:
-    """To stdout, in one of ``FORMATS``."""
+    """Print rows in one of ``FORMATS``."""
     if form == "json":
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif form == "csv":
@@ -57,7 +57,7 @@ def print_rows(rows: list[dict[str, object]], form: str) -> None:
 
 
 def titles_of(args: Namespace) -> dict[int, str]:
-    """From ``--movies``, or else those that the split keeps, if any."""
+    """Return the titles of ``--movies``, or else those that the split keeps, by original item id."""
     if args.movies:
         return read_titles(args.movies)
     kept = args.data / TITLES
@@ -70,7 +70,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     Raises:
         InputError: one of them is out of its range.
     """
-    parser = ArgumentParser(prog=PROG, description=__doc__)
+    parser = ArgumentParser(
+        prog=PROG,
+        description="Print the items that a model scores best among those that users have not rated.",
+    )
     add = parser.add_argument
     add("checkpoint", type=Path, help="best.pth.tar or quantized.pth.tar")
     add("data", type=Path, help="directory of the split that it was trained on")

@@ -1,4 +1,4 @@
-"""Write synthetic ratings."""
+"""``neural-cf synthetic``: write synthetic ratings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROG = "neural-cf synthetic"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the command line; the defaults are ml-1m's counts."""
+    """Return the command line's arguments, checked; the defaults are ml-1m's counts."""
     parser = ArgumentParser(PROG, description="Write synthetic ratings in the format of ml-20m.")
     parser.add_argument("out", metavar="OUT", help="CSV file to write, in place of what is there")
     parser.add_argument("--users", type=int, default=6040, metavar="N", help="number of users (%(default)s)")
@@ -36,7 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_counts(num_users: int, num_items: int, num_ratings: int) -> None:
-    """Raise InputError unless every user can have the minimum and every item a rating."""
+    """Raise an ``InputError`` unless every user can have the minimum and every item a rating."""
     check_between("--users", num_users, 2, MAX_COUNT)
     check_between("--items", num_items, MIN_RATINGS_PER_USER + MIN_UNRATED_PER_USER, MAX_COUNT)
     fewest = max(MIN_RATINGS_PER_USER * num_users, num_items)
@@ -46,13 +46,13 @@ def check_counts(num_users: int, num_items: int, num_ratings: int) -> None:
 
 
 def check_between(flag: str, value: int, low: int, high: int, reason: str = "") -> None:
-    """Raise InputError unless low <= value <= high."""
+    """Raise an ``InputError`` unless low <= value <= high."""
     if not low <= value <= high:
         raise InputError(f"{flag} {value}: must be from {low} to {high}{reason}")
 
 
 def check_output(path: Path) -> None:
-    """Raise InputError unless a file can stand at ``path``: not a directory, nor a device to be replaced."""
+    """Raise an ``InputError`` unless a file can stand at ``path``: not a directory, nor a device to be replaced."""
     if not path.parent.is_dir():
         raise InputError(f"OUT {path}: there is no directory {path.parent}")
     if path.exists() and not path.is_file():

@@ -1,4 +1,4 @@
-"""What a run leaves behind, in one directory: log, configuration, results, TensorBoard events."""
+"""The directory of a run: its files' names, its lock, and what is cleared when a run starts or resumes."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ RUNS = Path("run/neumf")
 
 @contextmanager
 def run_directory(out_dir: str | None, name: str | None) -> Iterator[Path]:
-    """The run's directory, made where it is missing, and no other process's while it lasts.
+    """Make a run's directory if it is missing, and lock it against other processes until the run is done.
 
-    On leaving, directories that were made and have stayed empty are removed.
+    Directories that were made and have stayed empty are removed then.
 
     Args:
-        out_dir: The directory; by default a fresh one below ``RUNS``, named by date and time.
-        name: Put before the date in a fresh directory's name.
+        out_dir: The directory; None for a fresh one below ``RUNS``, named by date and time.
+        name: Text that stands before the date in the name of a fresh directory.
 
     Raises:
-        InputError: another run has it.
+        InputError: another run is using it.
         OSError: it cannot be made or written.
     """
     wanted = RUNS if out_dir is None else Path(out_dir)
@@ -77,7 +77,7 @@ def _fresh_directory(parent: Path, prefix: str) -> Path:
 
 
 def write_ranks(directory: Path, ranks: Tensor) -> None:
-    """Write the users' ranks of their test items, (U,) int64, 0 for the first place."""
+    """Write the ranks of the users' test items, (U,) int64, 0 for the first place."""
     with atomic_write(directory / RANKS) as temporary, temporary.open("wb") as file:
         np.save(file, ranks.numpy(), allow_pickle=False)
 
@@ -89,7 +89,15 @@ def write_quantized(
     training: Mapping[str, Any],
     split: Split,
 ) -> None:
-    """Write a quantized model, for ``--load``, and where it is from: what of its training reports have, too."""
+    """Write a quantized model as a checkpoint for ``--load``.
+
+    Args:
+        directory: The run's directory.
+        quantizer: It has prepared the model.
+        float_checkpoint: The file of the float model, whose digest is kept.
+        training: What reports say of the float model's training: ``seed`` and ``validate``.
+        split: The split, whose digest is kept.
+    """
     origin = {
         "arch": "NeuMF",
         "float_digest": file_digest(float_checkpoint),
@@ -101,21 +109,21 @@ def write_quantized(
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved configuration as JSON."""
+    """Write the resolved settings of a run as JSON."""
     with atomic_write(directory / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether training has left something in a directory."""
+    """Return whether training has left something in a directory."""
     return any((directory / name).exists() for name in (CHECKPOINT, BEST, CONFIG, RESULTS))
 
 
 def epochs_done(directory: Path) -> int:
-    """The epochs that a run's last checkpoint has behind it.
+    """Return the number of epochs that a run's last checkpoint has behind it.
 
     Raises:
-        InputError: it says nothing of that.
+        InputError: the checkpoint does not say.
     """
     path = directory / CHECKPOINT
     try:
@@ -125,7 +133,7 @@ def epochs_done(directory: Path) -> int:
 
 
 def clear_run(directory: Path) -> None:
-    """Remove what an earlier run left, so that nothing of it is taken for the new one's."""
+    """Remove what an earlier run left, so that nothing of it is taken for the new run's."""
     evaluation = (QUANTIZED, PREPARED_STATS_FILE, PARAMS_FILE, AUTO, RANKS, REPORT, RANGES, ERRORS)
     for pattern in (
         *(CHECKPOINT, BEST, CONFIG, RESULTS, "events.out.tfevents.*", f"{PICTURES}/*.png"),
@@ -136,18 +144,18 @@ def clear_run(directory: Path) -> None:
 
 
 def clear_report(directory: Path) -> None:
-    """Remove the report of an evaluation before, with other settings."""
+    """Remove the ``--qe-report`` of an earlier evaluation, which had other settings."""
     for name in (REPORT, RANGES, ERRORS):
         (directory / name).unlink(missing_ok=True)
 
 
 def drop_results_after(directory: Path, epoch: int, steps: int) -> None:
-    """Remove the results of what a run did after its last checkpoint, and now does again.
+    """Remove the results of what a run did after its last checkpoint, and will do again.
 
     Args:
-        directory: The run's.
-        epoch: Where it goes on.
-        steps: Likewise, steps done in that epoch.
+        directory: The run's directory.
+        epoch: The epoch in which it goes on.
+        steps: The steps of that epoch that are done.
 
     Raises:
         InputError: the file of results is damaged.

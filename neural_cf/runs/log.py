@@ -1,4 +1,4 @@
-"""The log of a run: messages on the terminal and in the run's directory."""
+"""Messages of a run: on the terminal, and in the log in the run's directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("ncf")
 
 
 class _Results(logging.StreamHandler):
-    """Standard output, whose errors end the run, where logging would show a traceback and go on."""
+    """A handler for standard output whose errors end the run; logging would show a traceback and go on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], OSError):
@@ -28,7 +28,7 @@ class _Results(logging.StreamHandler):
 
 
 def show_messages(prog: str = "ncf.py") -> None:
-    """Send messages of a program and of ``distiller`` to stdout, warnings to stderr in the errors' form."""
+    """Send messages to stdout, and warnings to stderr in the form of errors, with the program's name ``prog``."""
     results = _Results(sys.stdout)
     results.setFormatter(logging.Formatter("%(message)s"))
     results.addFilter(lambda record: logging.INFO <= record.levelno < logging.WARNING)
@@ -43,7 +43,7 @@ def show_messages(prog: str = "ncf.py") -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose errors end the run, where logging would show a traceback and go on."""
+    """A handler for a log file whose errors end the run; logging would show a traceback and go on."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -57,14 +57,14 @@ class _LogFile(logging.FileHandler):
 
 
 def start_log(directory: Path, device: torch.device) -> None:
-    """Start a run's log, with versions, machine and command line at its head; an earlier run's ends.
+    """Start the log of a run, with versions, machine and command line at its head; the log of an earlier run ends.
 
     Args:
-        directory: The run's.
+        directory: The run's directory.
         device: What the run computes on.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the log cannot be written.
     """
     handler = _LogFile(directory / LOG, errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -84,5 +84,6 @@ def start_log(directory: Path, device: torch.device) -> None:
 
 
 def command_line() -> str:
-    """This process's command line, quoted for a shell."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return this process's command line, quoted for a shell."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["neural-cf" if name == "__main__.py" else name, *sys.argv[1:]])

@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class Processes:
-    """This process among all of them.
+    """The processes that share a run, as this process sees them.
 
     Attributes:
         rank: Its number.
@@ -38,20 +38,20 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and reports."""
+        """Whether this is the process that writes and reports."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This process's part of ``range(count)``."""
+        """Return this process's part of ``range(count)``."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
     def ask_to_stop(self) -> None:
-        """Make ``asked_to_stop`` true: in all processes, and in all at once, after the next ``sum``."""
+        """Make ``asked_to_stop`` true in all processes, at the same moment: after the next ``sum``."""
         self._asked = True
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether one of the processes has asked to stop, the same in all of them; waits for a GPU's exchange."""
+        """Whether one of the processes has asked to stop; all get the same answer. Waits for a GPU's exchange."""
         if self.world_size == 1:
             return self._asked
         return self._asked_of_all is not None and bool(self._asked_of_all)
@@ -72,7 +72,7 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def agree(self, value: Value) -> Value:
-        """The first process's value, once all have come here.
+        """Return the first process's value, once all processes have come here.
 
         Raises:
             InputError: another process has ended.
@@ -109,12 +109,12 @@ def join_processes(device_type: str) -> Processes:
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Return this process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def leave_processes(processes: Processes) -> None:
-    """End this process, where it is one of several, as a success; to be called once all is done.
+    """End this process as a success if it is one of several; to be called once all is done.
 
     At once and without cleaning up, in the midst of which PyTorch's threads now and then abort the process.
     """

@@ -1,4 +1,4 @@
-"""What a run records epoch by epoch: a CSV row, TensorBoard events, pictures."""
+"""Records of a run, epoch by epoch: a row of results, TensorBoard events, pictures."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ WEIGHT_BINS = 200  # one for every three pixels of a picture
 
 
 def has_matplotlib() -> bool:
-    """Whether pictures can be drawn."""
+    """Return whether pictures can be drawn."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def require_matplotlib(flag: str) -> None:
-    """Raise an ``InputError`` where there is no matplotlib to draw ``flag``'s pictures with."""
+    """Raise an ``InputError`` that names ``flag`` if there is no matplotlib to draw its pictures with."""
     if not has_matplotlib():
         raise InputError(f"{flag} draws pictures with matplotlib: pip install matplotlib")
 
 
 class Recorder:
-    """Records into a run's directory: a CSV row per epoch, TensorBoard events, pictures.
+    """A recorder of a run into its directory: a CSV row per epoch, TensorBoard events, pictures.
 
     Args:
-        directory: The run's.
+        directory: The run's directory.
         pictures: Record histograms of weights after each epoch, to TensorBoard and as a picture per layer.
-        step: Steps done by the run that goes on; TensorBoard drops what is recorded of later ones.
+        step: The steps that a resumed run has done; TensorBoard drops what it has of later ones.
     """
 
     def __init__(self, directory: Path, pictures: bool = False, step: int = 0):
@@ -69,12 +69,12 @@ class Recorder:
             threading.excepthook = self._excepthook
 
     def _not_of_files(self, failed: threading.ExceptHookArgs) -> None:
-        """Pass over a file's error in TensorBoard's thread: the next write raises it again."""
+        """Ignore a file's error in TensorBoard's thread: the next write raises it again."""
         if not issubclass(failed.exc_type, OSError):
             self._excepthook(failed)
 
     def scalars(self, step: int, **values: float) -> None:
-        """Record values against the number of training steps done."""
+        """Record values at a number of training steps done."""
         with errors_named(self.directory):
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -85,7 +85,7 @@ class Recorder:
             self.writer.flush()
 
     def epoch(self, row: Mapping[str, float]) -> None:
-        """Append a row to ``valid_results.csv``; the first one brings the header."""
+        """Append a row to ``valid_results.csv``; the first row brings the header."""
         path = self.directory / RESULTS
         before = path.read_text() if path.exists() else ""
         with atomic_write(path) as temporary, temporary.open("w") as file:
@@ -96,7 +96,7 @@ class Recorder:
             writer.writerow(row)
 
     def weights(self, model: nn.Module, epoch: int) -> None:
-        """Record histograms of a model's weights, where pictures are asked for."""
+        """Record histograms of a model's weights, if pictures are asked for."""
         if not self.pictures:
             return
         for name, parameter in model.named_parameters():
@@ -110,7 +110,7 @@ class Recorder:
             self._picture(name, f"{name}, after epoch {epoch}", histogram)
 
     def activations(self, statistics: Statistics) -> None:
-        """Record histograms of layers' outputs, from calibrated statistics that have them."""
+        """Record histograms of layers' outputs, from calibrated statistics that have histograms."""
         for name, entry in statistics.items():
             histogram = Histogram.from_plain(entry["output"]["histogram"])
             counts, centers = histogram.counts, histogram.centers.double()
@@ -129,7 +129,7 @@ class Recorder:
         self.flush()
 
     def _picture(self, name: str, title: str, histogram: Histogram) -> None:
-        """Draw a histogram to a file of its own, with counts on a log scale: rare values set the range."""
+        """Draw a histogram to a file of its own, with counts on a log scale because rare values set the range."""
         from matplotlib.figure import Figure
 
         axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
