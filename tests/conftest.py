@@ -21,11 +21,11 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 import torch
 
+import convert
 import ncf
 from benchmarks import recipe
 from distiller.system.cli import InputError, run
 from neural_cf.__main__ import SMALLER_MODEL
-from neural_cf.commands import convert
 from neural_cf.data import synthetic
 from neural_cf.training import lazy_adam
 

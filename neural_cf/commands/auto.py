@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.set_defaults(qe_auto=True)
     add = parser.add_argument_group("Choice").add_argument
-    add_load(add, "float checkpoint, best.pth.tar", required=True)
+    add_load(add, "float checkpoint, best.pth.tar")
     add_budget(add)
     add_cutoffs(add)
     add_seed(add)

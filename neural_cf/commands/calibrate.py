@@ -13,10 +13,13 @@ from distiller.untrusted.checkpoint import load_checkpoint
 from neural_cf.commands.arguments import parse_settings
 from neural_cf.commands.flags import (
     CALIBRATION_SHARE,
-    add_calibration_flags,
+    add_calibrate_on,
     add_final_layer,
     add_load,
+    add_negative_samples,
     add_run_flags,
+    add_seed,
+    add_stats_out,
     new_parser,
 )
 from neural_cf.commands.start import started
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line ``argv``, by default the process's own."""
     parser = new_parser(PROG, "Collect the statistics of activations that evaluate --quantize-eval needs.")
     add = parser.add_argument_group("Calibration").add_argument
-    add_load(add, "float checkpoint, best.pth.tar", required=True)
+    add_load(add, "float checkpoint, best.pth.tar")
     add_final_layer(add)
     add(
         *("--portion", "--qe-calibration"),
@@ -45,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="PORTION",
         help="the share of the data, above 0 and at most 1 (default: %(default)s)",
     )
-    add_calibration_flags(add)
+    add_stats_out(add)
+    add_calibrate_on(add)
+    add_negative_samples(add)
+    add_seed(add)
     add_run_flags(parser.add_argument_group("Run").add_argument)
     settings = parse_settings(argv, parser)
     with started(settings, PROG) as run:

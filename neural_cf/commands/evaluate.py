@@ -67,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = new_parser(PROG, "Evaluate a checkpoint on every user's test item, in FP32 or quantized.")
     parser.set_defaults(evaluate=True)
     evaluation = parser.add_argument_group("Evaluation")
-    add_load(
-        evaluation.add_argument, "best.pth.tar, or the quantized.pth.tar of an evaluation", required=True
-    )
+    add_load(evaluation.add_argument, "best.pth.tar, or the quantized.pth.tar of an evaluation")
     add_final_layer(evaluation.add_argument)
     add_precision(evaluation.add_argument)
     add_half_precision(evaluation)

@@ -53,7 +53,8 @@ def build_parser(prog: str = PROG) -> ArgumentParser:
     add_metrics(evaluation.add_argument)
     add_run_flags(parser.add_argument_group("Run").add_argument)
     calibration = parser.add_argument_group("Calibration and choice of a quantization")
-    add_calibration_flags(calibration.add_argument)
+    add_stats_out(calibration.add_argument)
+    add_calibrate_on(calibration.add_argument)
     add_histograms(calibration.add_argument)
     add_loss_report(calibration.add_argument)
     calibration.add_argument(
@@ -109,9 +110,9 @@ def add_final_layer(add: AddArgument) -> None:
     )
 
 
-def add_load(add: AddArgument, text: str, required: bool = False) -> None:
+def add_load(add: AddArgument, text: str) -> None:
     """Add the flag that names a checkpoint."""
-    add("--load", type=Path, metavar="FILE", required=required, help=text)
+    add("--load", type=Path, metavar="FILE", help=text)
 
 
 def add_training_flags(add: AddArgument) -> None:
@@ -136,12 +137,7 @@ def add_recipe(add: AddArgument) -> None:
         default=Settings.batch_size,
         help="samples in a step, over all of torchrun's processes together (default: %(default)s)",
     )
-    add(
-        *("-n", "--negative-samples"),
-        **NUMBER,
-        default=Settings.negative_samples,
-        help="negatives drawn for each training positive (default: %(default)s)",
-    )
+    add_negative_samples(add)
     add(
         *("-l", "--learning-rate"),
         type=float,
@@ -177,6 +173,16 @@ def add_precision(add: AddArgument) -> None:
         "processor or GPU has it natively, else and for evaluation fp32)",
     )
     add("--no-compile", action="store_true", help="compute without torch.compile")
+
+
+def add_negative_samples(add: AddArgument) -> None:
+    """Add the flag of negatives in training pairs."""
+    add(
+        *("-n", "--negative-samples"),
+        **NUMBER,
+        default=Settings.negative_samples,
+        help="negatives drawn for each training positive (default: %(default)s)",
+    )
 
 
 def add_ends(add: AddArgument) -> None:
@@ -283,9 +289,8 @@ def add_half_precision(group: _ArgumentGroup) -> None:
     group.add_argument("--eval-fp16", action="store_true", help="evaluate in half precision and do not train")
 
 
-def add_calibration_flags(add: AddArgument) -> None:
-    """Add the flags of calibration, besides ``--qe-calibration`` itself."""
-    add("--qe-stats-out", metavar="PATH", help="where else --qe-calibration writes its statistics")
+def add_calibrate_on(add: AddArgument) -> None:
+    """Add the flag of the data that is calibrated on."""
     add(
         "--calibrate-on",
         choices=["test", "train"],
@@ -293,6 +298,11 @@ def add_calibration_flags(add: AddArgument) -> None:
         help="calibrate, or compare tensors, on the first test users' candidates, or on training pairs, so that "
         "nothing of the test set is used (default: %(default)s)",
     )
+
+
+def add_stats_out(add: AddArgument) -> None:
+    """Add the flag of where statistics go."""
+    add("--qe-stats-out", metavar="PATH", help="where else --qe-calibration writes its statistics")
 
 
 def add_histograms(add: AddArgument) -> None:

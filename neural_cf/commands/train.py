@@ -36,7 +36,7 @@ from neural_cf.runs.directory import (
     epochs_done,
     write_config,
 )
-from neural_cf.runs.hardware import choose_compilation
+from neural_cf.runs.hardware import choose_compilation, choose_precision
 from neural_cf.runs.log import command_line, start_log
 from neural_cf.runs.models import training_of
 from neural_cf.runs.recorder import Recorder
@@ -118,7 +118,12 @@ def begin_pretraining(run: Run) -> None:
     parts = [run, *(branch_run(run, branch) for branch in BRANCHES)]
     for part in parts:
         check_start(part.settings, run.processes)
-    check_schedule(schedule_of(run.settings, run.processes), meta_model(run.settings, run.split))
+    # What the whole model's training would refuse only after its branches are trained.
+    schedule = schedule_of(run.settings, run.processes)
+    check_schedule(schedule, meta_model(run.settings, run.split))
+    choose_precision(run.settings, run.device, schedule)
+    if run.settings.validate:
+        validation_split(run.split, run.settings.data)
     run.processes.agree(None)  # no file changes before all have looked
     if run.processes.first:
         for part in parts:

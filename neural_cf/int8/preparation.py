@@ -57,11 +57,14 @@ def check_effects(settings: Settings, model: NeuMF) -> None:
     """Raise an ``InputError`` for a setting that has changed no layer of a prepared model."""
     modules = list(model.modules())
     linears = [module for module in modules if isinstance(module, QuantizedLinear)]
-    rows = [module for module in modules if isinstance(module, RowQuantizedEmbedding)]
     for flag, given, effects in (
         ("--qe-scaled-concat", settings.qe_scaled_concat, [isinstance(x, ScaledConcat) for x in modules]),
         ("--qe-per-channel-acts", settings.qe_per_channel_acts, [x.has_output_scales for x in linears]),
-        ("--qe-embedding-bits", settings.qe_embedding_bits, rows),
+        (
+            "--qe-embedding-bits",
+            settings.qe_embedding_bits,
+            [isinstance(x, RowQuantizedEmbedding) for x in modules],
+        ),
     ):
         if given and not any(effects):
             raise InputError(f"{flag} has no effect on any layer with these settings")

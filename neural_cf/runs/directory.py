@@ -32,7 +32,7 @@ RUNS = Path("run/neumf")
 
 
 @contextmanager
-def run_directory(out_dir: str | None, name: str | None) -> Iterator[Path]:
+def run_directory(out_dir: Path | None, name: str | None = None) -> Iterator[Path]:
     """Make a run's directory if it is missing, and lock it against other processes until the run is done.
 
     Directories that were made and have stayed empty are removed then.
@@ -45,7 +45,7 @@ def run_directory(out_dir: str | None, name: str | None) -> Iterator[Path]:
         InputError: another run is using it.
         OSError: it cannot be made or written.
     """
-    wanted = RUNS if out_dir is None else Path(out_dir)
+    wanted = RUNS if out_dir is None else out_dir
     made = [path for path in (wanted, *wanted.parents) if not path.exists()]
     wanted.mkdir(parents=True, exist_ok=True)
     if out_dir is None:

@@ -29,6 +29,26 @@ class _Lines:
         self._file.flush()
 
 
+class _PlainBar(tqdm):
+    """A bar that is shown when its count is due, and once for each count."""
+
+    _shown = -1
+
+    def set_description(self, desc: str | None = None, refresh: bool = False) -> None:
+        """Set the text before the count, which is shown with the next one."""
+        super().set_description(desc, refresh=False)
+
+    def set_postfix_str(self, s: str = "", refresh: bool = False) -> None:
+        """Set the text behind the count, which is shown with the next one."""
+        super().set_postfix_str(s, refresh=False)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show the bar, unless it has been shown with this count."""
+        if self.n != self._shown:
+            super().display(msg, pos)
+        self._shown = self.n
+
+
 def progress_bar(total: int, description: str, unit: str, initial: int = 0, disable: bool = False) -> tqdm:
     """Return a bar on stderr.
 
@@ -41,8 +61,16 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0, disa
         initial: How many units are done already.
         disable: Show nothing.
     """
-    common = {"total": total, "desc": description, "unit": unit, "initial": initial, "disable": disable}
-    if sys.stderr is None or sys.stderr.isatty():
-        return tqdm(**common, mininterval=BAR_EVERY_S)
-    waits = {"mininterval": LINE_EVERY_S, "maxinterval": 2 * LINE_EVERY_S, "delay": LINE_EVERY_S}
-    return tqdm(**common, **waits, file=_Lines(sys.stderr), bar_format=LINE_FORMAT)
+    disable = disable or sys.stderr is None  # it was closed when the process began
+    common = {"total": total, "unit": unit, "initial": initial, "disable": disable}
+    if disable or sys.stderr.isatty():
+        return tqdm(**common, desc=description, mininterval=BAR_EVERY_S)
+    return _PlainBar(
+        **common,
+        desc=f"{description}: ",
+        mininterval=LINE_EVERY_S,
+        maxinterval=2 * LINE_EVERY_S,
+        delay=LINE_EVERY_S,
+        file=_Lines(sys.stderr),
+        bar_format=LINE_FORMAT,
+    )

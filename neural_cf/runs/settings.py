@@ -108,8 +108,8 @@ class Settings(PostTrainFlags):
 
     def to_config(self) -> dict[str, Any]:
         """Return the settings as JSON and checkpoints can hold them, the first cut-off as ``topk`` too."""
-        config = {name: _plain(value) for name, value in asdict(self).items() if name != "given"}
-        return config | {"topk": self.k}
+        config = {name: _plain(value) for name, value in asdict(self).items()}
+        return config | {"topk": self.k, "given": sorted(self.given)}
 
 
 def setting_names() -> set[str]:

@@ -60,7 +60,7 @@ def train_branches(run: Run, train: Callable[[Run], Trained]) -> int | None:
     with ExitStack() as held:  # the second branch's directory too while the first one is trained
         if run.processes.first:
             for branch in BRANCHES:
-                held.enter_context(run_directory(run.directory / branch, None))
+                held.enter_context(run_directory(run.directory / branch))
         for branch in BRANCHES:
             own = branch_run(run, branch, left)
             if not (own.settings.resume and epochs_done(own.directory) >= own.settings.epochs):

@@ -160,6 +160,8 @@ class Trainer:
             fresh = self._recorder and not (self._recorder.directory / CHECKPOINT).exists()
             if self._settings.save_every and fresh:
                 self._save_within()
+            if self._out_of_patience:
+                log.info("No epoch has been better for %d epochs", self._settings.patience)
             most = math.inf if self._settings.max_steps is None else self._settings.max_steps
             while self._taken < most and not self.finished:
                 self._run_epoch(most - self._taken)

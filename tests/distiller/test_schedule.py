@@ -621,7 +621,8 @@ def resume(ncf, split_dir):
 
 
 def metrics_of_last_line(out: str) -> str:
-    return METRICS.findall(lines(out)[-1])[0]
+    """The metrics of the last line that has them all: a run's last line names its best epoch."""
+    return METRICS.findall(out)[-1]
 
 
 def last(directory: str) -> Path:

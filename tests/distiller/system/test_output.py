@@ -14,10 +14,11 @@ import torch
 from conftest import call, close_logs
 from helpers_paths import ROOT
 
+import convert
 import ncf
 from benchmarks import baselines
 from distiller.system.cli import run
-from neural_cf.commands import compare, convert, export, plot, recommend, synthetic
+from neural_cf.commands import compare, export, plot, recommend, synthetic
 
 MAINS = {
     "neural-cf baselines": baselines.main,
@@ -33,7 +34,7 @@ BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}
 # Prints so much, in one go or in parts, and ends.
 PRINT = """
 import sys
-from distiller.cli import InputError, run
+from distiller.system.cli import InputError, run
 def main():
     for part in range({parts}):
         print("x" * {size})
@@ -126,7 +127,7 @@ def test_characters_that_the_output_has_not():
         ("neural-cf compare", "neural_cf.commands.compare.read_report", ["x", "y"]),
         ("convert.py", "neural_cf.data.conversion.read_ratings", ["x", "y"]),
         ("neural-cf export", "neural_cf.serving.export.read_model", ["x", "y.pt2"]),
-        ("ncf.py", "ncf.load_split", ["x"]),
+        ("ncf.py", "neural_cf.commands.start.load_split", ["x"]),
         ("neural-cf plot", "neural_cf.reporting.plot.draw_runs", ["x", "-o", "y.png"]),
         ("neural-cf recommend", "neural_cf.commands.recommend.load_split", ["x", "y", "--user", "1"]),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
+import re
 import shutil
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from distiller.system.cli import InputError
 from distiller.untrusted.checkpoint import load_checkpoint
 from neural_cf.__main__ import main as neural_cf
-from neural_cf.commands.arguments import RECORDED, parse_settings
+from neural_cf.commands.arguments import FACTS, parse_settings
 from neural_cf.runs.settings import setting_names
 
 pytestmark = pytest.mark.usefixtures("in_empty_directory")
@@ -60,12 +60,14 @@ def test_given_is_what_the_command_line_has(line, names):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_given_is_also_what_a_file_changes(suffix):
-    """A default in a file is none; the file itself is no setting."""
+def test_given_is_also_what_a_file_has(suffix):
+    """Its defaults too, as on the command line; the file itself is no setting."""
     path = write(
         {"epochs": 20, "factors": 16, "layers": [64, 32, 16, 8], "cutoffs": [5], "seed": 3}, f"c{suffix}"
     )
-    assert parsed(f"--config {path} -b 256").given == {"data", "batch_size", "factors", "cutoffs", "seed"}
+    assert parsed(f"--config {path} -b 256").given == {
+        *("data", "batch_size", "epochs", "factors", "layers", "cutoffs", "seed")
+    }
 
 
 # --- values of a file ---
@@ -125,7 +127,9 @@ def test_yaml_of_a_users_own():
     settings = parsed("--config c.yaml")
     assert (settings.epochs, settings.layers, settings.cutoffs) == (3, (8, 4), (5, 10))
     assert settings.name == "a b"
-    with pytest.raises(InputError, match=r"^--config: wrong.yaml: learning-rate-is-not is no setting"):
+    with pytest.raises(
+        InputError, match=r"^--config: wrong.yaml: learning-rate-is-not is no setting that a file has; ncf.py"
+    ):
         parsed("--config wrong.yaml")
 
 
@@ -152,28 +156,56 @@ def test_config_has_the_seed_too(ncf, split_dir):
     """One that was drawn and recorded; another one gives other weights."""
     ncf(split_dir, *TRAIN[:-4], "--max-steps", 5, "-o", "a")
     for more, name in (([], "b"), (["-s", 5], "c")):
-        assert ncf(split_dir, "--config", "a/config.json", *more, "-o", name).code == 0
+        assert ncf(split_dir, "--config", "a/config.json", *more, "--max-steps", 5, "-o", name).code == 0
     assert same(weights("a"), weights("b"))
     assert not same(weights("a"), weights("c"))
 
 
 def test_what_is_the_runs_own_is_passed_over_in_a_line(ncf, split_dir, run_dir):
-    """All of it, and nothing else; no line where there is none of it."""
+    """All that belongs to each start; no line for a file that a user wrote."""
     outcome = ncf(split_dir, "--config", run_dir / "config.json", "--max-steps", 1, "-o", "other")
     (line,) = [line for line in outcome.out.splitlines() if line.startswith("--config")]
-    names = "command, compiled, data, data_digest, device, nb_items, nb_users, overwrite, resume, topk, torch"
-    assert line == f"--config: {run_dir}/config.json: without {names}, which are of the run that wrote it"
+    names = "data, out_dir, overwrite, reset_optimizer, resume"
+    assert line == f"--config: {run_dir}/config.json is the record of a run: without its {names}"
     write({"epochs": 1})
     assert "--config" not in ncf(split_dir, "--config", "c.json", "--max-steps", 1, "-o", "third").out
 
 
 def test_config_without_a_directory_does_not_go_into_the_runs_own(ncf, split_dir, run_dir, contents):
-    """Which holds a run."""
+    """Which stays as it is; the new run has a fresh one."""
     before = contents(run_dir)
-    outcome = ncf(split_dir, "--config", run_dir / "config.json")
-    assert outcome.code == 2
-    assert f"{run_dir} holds a run" in outcome.err
+    assert ncf(split_dir, "--config", run_dir / "config.json").code == 0
     assert contents(run_dir) == before
+    (fresh,) = Path("run/neumf").iterdir()
+    assert same(weights(fresh), weights(run_dir))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--evaluate"], ["--quantize-eval", "--qe-dynamic"], ["--qe-calibration", 1]]
+)
+def test_record_of_a_training_goes_with_other_modes(ncf, split_dir, run_dir, checkpoint, flags):
+    """Without what is for training alone."""
+    load = ["--load", checkpoint, *flags]
+    outcome = ncf(split_dir, "--config", run_dir / "config.json", *load, "-o", "other")
+    assert outcome.code == 0, outcome.err
+    plain = ncf(split_dir, *load, "-o", "plain")
+    figures = [re.findall(r"@10 = [\d.]+", text) for text in (outcome.out, plain.out)]
+    assert figures[0] == figures[1]
+
+
+def test_number_with_an_exponent_is_a_number_in_yaml_too(tmp_path):
+    """YAML 1.1 takes one without a dot for text."""
+    assert parsed(f"--config {write('learning_rate: 1e-3', 'c.yaml')}").learning_rate == 0.001
+
+
+@pytest.mark.parametrize("content", ["", "# nothing yet\n", "{}"])
+def test_empty_file_changes_nothing(content):
+    assert parsed(f"--config {write(content, 'c.yaml')} -s 1") == parsed("-s 1")
+
+
+@pytest.mark.parametrize(("topk", "cutoffs"), [(5, (5,)), ([5, 10], (5, 10))])
+def test_topk_is_another_name_of_cutoffs(topk, cutoffs):
+    assert parsed(f"--config {write({'topk': topk})}").cutoffs == cutoffs
 
 
 # --- old names ---
@@ -210,7 +242,8 @@ REFUSED = {
     "text for a number": ({"epochs": "3"}, "epochs"),
     "fraction for a number": ({"batch_size": 2.5}, "batch_size"),
     "truth for a number": ({"seed": True}, "seed"),
-    "nothing for a number": ({"epochs": None}, "epochs"),
+    "of the command line": ({"data": "ml-1m"}, "data"),
+    "both names": ({"threads": 1, "processes": 2}, "threads"),
     "number for text": ({"name": 3}, "name"),
     "number for a path": ({"load": 3}, "load"),
     "number for truth": ({"split_final": 1}, "split_final"),
@@ -264,6 +297,7 @@ def test_wrong_entry_is_refused_in_a_line_with_file_and_key(ncf, split_dir, case
         ({"out_dir": "a\0b"}, "out_dir"),
         ({"name": "a\0b"}, "name"),
         ({"load": "a\0b"}, "load"),
+        ({"name": "a\ud800b"}, "name"),
         ({"compress": "a\0b"}, "compress"),
     ],
 )
@@ -280,7 +314,6 @@ FILES = {
     "cut.json": ('{"epochs": 3, ', "cut.json"),
     "cut.yaml": ("epochs: [3", "cut.yaml: not YAML"),
     "empty.json": ("", "empty.json"),
-    "empty.yaml": ("", "empty.yaml: not a map of settings"),
     "list.json": ("[1, 2]", "list.json: not a map of settings"),
     "list.yaml": ("- epochs\n- 3\n", "list.yaml: not a map of settings"),
     "number.json": ("3", "number.json: not a map of settings"),
@@ -351,7 +384,7 @@ def test_setting_of_another_command_is_refused(split_dir, checkpoint, command, c
 
 # --- any values ---
 
-NAMES = sorted(setting_names() | RECORDED | {"processes", "given", "config", "x"})
+NAMES = sorted(setting_names() | FACTS | {"processes", "topk", "config", "x"})
 WORDS = [
     "adam",
     "fp32",
@@ -385,9 +418,9 @@ VALUES = st.recursive(
 
 
 def equal(found: object, value: object) -> bool:
-    """Whether a setting is what a file has: a list as a tuple, a text as a path."""
-    if isinstance(value, float) and math.isnan(value):
-        return isinstance(found, float) and math.isnan(found)
+    """Whether a setting is what a file has: a list as a tuple, a text as a path, any number as a float."""
+    if isinstance(found, float):
+        return found == float(value)
     return found == (tuple(value) if isinstance(value, list) else value) or found == Path(str(value))
 
 
@@ -398,12 +431,13 @@ def assert_taken_or_refused(content: dict, line: list[str], flags: set[str]) -> 
     with contextlib.redirect_stdout(out):
         settings = read_or_refused(lambda: parse_settings([*line, "--config", "any.json"]))
     assert len(out.getvalue().splitlines()) <= 2
-    if settings is None:
+    if settings is None or content.get("command") is not None:  # or the record of a run
         return
     for name, value in content.items():
-        name = "threads" if name == "processes" and "threads" not in content else name
-        # The first are passed over; the next two stand for numbers that are found elsewhere; one is old and new.
-        if name not in RECORDED | {"pretrain", "seed", "processes", "split_final", "threads"} | flags:
+        name = {"processes": "threads", "topk": "cutoffs"}.get(name, name)
+        # Of these, one number stands for two, or another file has a say.
+        others = {"pretrain", "split_final", "cutoffs"}
+        if value is not None and name not in others | flags:
             assert equal(getattr(settings, name), value), (name, value)
 
 

@@ -47,8 +47,7 @@ def test_help_lists_every_command_with_a_line():
     listed = outcome.out.partition("commands:\n")[2].partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in listed] == NAMES
     assert all(re.fullmatch(r"  [a-z]+ +\w[^\n]{10,}", line) for line in listed)
-    assert {re.match(r"  \w+ +", line).end() for line in listed} == {2 + len("calibrate") + 2}
-    assert max(map(len, outcome.out.splitlines())) <= 80
+    assert {re.match(r"  [a-z]+ +", line).end() for line in listed} == {2 + len("calibrate") + 2}
 
 
 def test_no_arguments_show_the_help():

@@ -116,7 +116,7 @@ def test_signal_cuts_an_evaluation_short_and_keeps_the_epoch(ncf, split_dir, who
 def test_second_signal_ends_at_once(first, second):
     """Whatever is being finished."""
     code = (
-        "import os, signal, time\nfrom distiller.signals import DeferredSignals\n"
+        "import os, signal, time\nfrom distiller.system.signals import DeferredSignals\n"
         f"with DeferredSignals() as signals:\n    os.kill(os.getpid(), {first})\n"
         f"    assert signals.received == {first}\n    print('on', flush=True)\n    os.kill(os.getpid(), {second})\n"
         "    print('never')"
@@ -316,7 +316,7 @@ def test_lock_does_not_outlive_its_holder(tmp_path):
     """Killed, it leaves the file and not the lock."""
     path = tmp_path / "lock"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom distiller.locks import locked\n"
+        "import sys, time\nfrom pathlib import Path\nfrom distiller.system.locks import locked\n"
         f"with locked(Path({str(path)!r}), 'held'):\n    print('held', flush=True)\n    time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)

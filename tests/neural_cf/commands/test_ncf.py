@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +80,14 @@ def lines(text: str) -> list[str]:
 def epochs(out: str) -> list[tuple[int, float, float]]:
     """Number, HR and NDCG of each epoch's line; the first line says how it trains, the last one which is the best."""
     first, *rest, last = lines(out)
-    assert first.startswith("Training with "), out
     assert last.startswith("Best: epoch "), out
+    return stopped_epochs([first, *rest])
+
+
+def stopped_epochs(out: list[str]) -> list[tuple[int, float, float]]:
+    """The same of the lines before the last one of a run that was stopped."""
+    first, *rest = out
+    assert first.startswith("Training with "), out
     found = [EPOCH_LINE.fullmatch(line) for line in rest]
     assert all(found), out
     return [(int(match[1]), float(match[2]), float(match[3])) for match in found]
@@ -571,11 +582,10 @@ def five(split_dir, tmp_path_factory) -> dict:
 
 
 def test_training_line_prints_epochs_and_leaves_a_run(five):
-    """Its lines, its progress bar, and every file of a run directly in ``-o``."""
+    """Its lines, and every file of a run directly in ``-o``."""
     done, directory = five["train"]
     assert directory.name == "base_fp32"
     assert [number for number, *_ in epochs(done.stdout)] == [0, 1]
-    assert re.search(rf"Epoch 0 Loss {NUMBER} \({NUMBER}\): 100%\|.*\| (\d+)/\1 \[.*it/s\]", done.stderr)
     names = {path.name for path in directory.iterdir()}
     assert names >= {
         "best.pth.tar",
@@ -586,6 +596,26 @@ def test_training_line_prints_epochs_and_leaves_a_run(five):
     }
     assert [name for name in names if name.startswith("events.out.tfevents")]
     assert not [name for name in names if name.startswith(".")]
+
+
+def test_bars_move_on_a_terminal(split_dir, tmp_path):
+    """With the loss, the metrics so far and the time that the whole run still takes."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))
+    command = [sys.executable, script.__file__, split_dir, *TRAIN, "-e", "2", "-o", tmp_path / "out"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=end)
+    os.close(end)
+    shown = b""
+    with suppress(OSError):  # the end of a terminal that nobody writes to any more
+        while part := os.read(terminal, 1024):
+            shown += part
+    os.close(terminal)
+    assert process.wait() == 0
+    text = shown.decode()
+    loss = rf"Epoch 0 Loss {NUMBER} \({NUMBER}\): 100%\|.*\| (\d+)/\1 \[.*it/s, run [\d:]+ left\]"
+    assert re.search(loss, text)
+    assert re.search(rf"Evaluate: 100%.*HR@10 = {NUMBER}, NDCG@10 = {NUMBER}\]", text)
+    assert "\r" in text
 
 
 @pytest.mark.parametrize("split_final", [False, True])
@@ -621,8 +651,7 @@ def test_int8_line_prints_metrics_and_leaves_parameters(five, split_final):
     (line,) = lines(done.stdout)
     assert INITIAL_LINE.fullmatch(line)
     assert "warning" not in done.stderr
-    assert "Evaluate: 100%" in done.stderr
-    assert "HR@10 = " in done.stderr
+    assert done.stderr == ""  # a bar is for a terminal
     parameters = yaml.safe_load((directory / "layer_quant_params.yaml").read_text())
     relus = {"mlp_relu.0", "mlp_relu.1"}
     assert set(parameters) == set(LAYERS + ENDS[split_final]) - relus
@@ -1371,7 +1400,7 @@ def test_interrupt_of_an_evaluation_keeps_the_epoch(ncf, split_dir, monkeypatch)
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
     *before, stopped = lines(outcome.out)
-    assert [number for number, *_ in epochs("\n".join(before))] == [0, 1]
+    assert [number for number, *_ in stopped_epochs(before)] == [0, 1]
     assert stopped.startswith("Stopped in epoch 2, ")
     assert load_checkpoint("out/checkpoint.pth.tar")["epoch"] == 2
     resumed = ncf(split_dir, "--resume", "-o", "out")
@@ -1400,7 +1429,7 @@ def test_interrupt_key_ends_a_process_in_130(split_dir, tmp_path):
     assert content["epoch"] >= 0
     assert not list(tmp_path.glob(".*"))
     *before, stopped = lines(out)
-    assert epochs("\n".join(before))
+    assert stopped_epochs(before)
     assert stopped.startswith("Stopped in epoch ")
 
 
@@ -1572,4 +1601,4 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so(split_dir, tmp_path):
     assert first.startswith("Without torch.compile, which does not work here: ")
     assert "compiler" in first
     assert ", not compiled, on cpu" in second
-    assert len(rest) == 1
+    assert len(rest) == 2

@@ -274,7 +274,7 @@ def trained(split: Split, own: Progress, **settings: int) -> Progress:
     return training.progress
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     tenths=st.lists(st.integers(0, 4), min_size=8, max_size=8),
     patience=st.integers(1, 4),

@@ -381,7 +381,7 @@ def test_branches_are_no_other_runs_while_either_is_trained(ncf, split_dir, monk
 
     def run(self):
         for branch in BRANCHES:
-            with pytest.raises(InputError, match="is in use by"), run_directory(f"run/{branch}", None):
+            with pytest.raises(InputError, match="is in use by"), run_directory(Path("run", branch)):
                 pass
             refusals.append(branch)
         return take(self)
@@ -390,7 +390,7 @@ def test_branches_are_no_other_runs_while_either_is_trained(ncf, split_dir, monk
         patch.setattr(Trainer, "train", run)
         assert ncf(split_dir, *PRETRAIN, "--max-steps", 2 * STEPS + 1, "-o", "run").code == 0
     assert refusals == [*BRANCHES] * 2
-    with run_directory("run/gmf", None):
+    with run_directory(Path("run/gmf")):
         pass
 
 
