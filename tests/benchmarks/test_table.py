@@ -18,6 +18,7 @@ from conftest import Outcome, call, run_ncf
 from helpers_paths import ROOT
 from torch.distributed.run import get_args_parser
 
+import neural_cf.shipped as shipped_module
 from benchmarks import evaluation, precision, pretraining, table, training
 from benchmarks.table import figures_in, markdown
 from distiller.system.files import file_digest
@@ -385,7 +386,8 @@ def files_read(name: str, args: Settings | Namespace) -> set[str]:
         found = (args.checkpoint,)
     else:
         found = (args.a, args.b) if name == "compare" else ()
-    return {str(path) for path in found if path}
+    shipped = shipped_module.__path__[0]  # files of the repository that are installed too
+    return {Path(path).name if str(path).startswith(shipped) else str(path) for path in found if path}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

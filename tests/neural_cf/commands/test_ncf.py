@@ -167,7 +167,7 @@ FLAGS_OUT_OF_RANGE = [
     (["--pretrain", "--pretrain-rate", "nan"], "--pretrain-rate"),
     (["--pretrain", "-f", "0"], "--pretrain"),
     (["--pretrain", "--layers", "0"], "--pretrain"),
-    (["--compress", "ncf_qat.yaml", "--layers", "0"], "--compress"),
+    (["--compress", SCHEDULE, "--layers", "0"], "--compress"),
     (["-n", "0"], "--negative-samples"),
     (["-n", "-1"], "--negative-samples"),
     (["-e", "-1"], "--epochs"),

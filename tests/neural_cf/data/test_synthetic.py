@@ -272,7 +272,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, capsys, failure,
     path.write_text("before")
     monkeypatch.setattr(synthetic.pa.csv, "write_csv", fail)
     assert run("neural-cf synthetic", lambda: command.main([str(path)])) == code
-    assert capsys.readouterr().err.endswith(f"\nneural-cf synthetic: {line.format(path=path)}\n")
+    assert capsys.readouterr().err == f"neural-cf synthetic: {line.format(path=path)}\n"
     assert [file.name for file in tmp_path.iterdir()] == ["ratings.csv"]
     assert path.read_text() == "before"
 

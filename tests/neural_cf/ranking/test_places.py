@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import io
 import math
+from contextlib import redirect_stderr
 
 import numpy as np
 import pytest
@@ -268,8 +270,17 @@ def test_score_that_is_not_finite_is_an_error(bad, place):
         evaluate(PairScorer(Table(table)), split, 2)
 
 
-def test_progress_bar_shows_metrics_so_far(capsys):
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_bar_shows_metrics_so_far():
     """HR and NDCG run along with it."""
+    terminal = Terminal()
     split = make_split([[0, 1], [1, 2]], [3, 3], 4)
-    evaluate(PairScorer(Table(torch.arange(8.0).view(2, 4))), split, 2)
-    assert "HR@2 = 1.0000, NDCG@2 = 1.0000" in capsys.readouterr().err
+    with redirect_stderr(terminal):
+        evaluate(PairScorer(Table(torch.arange(8.0).view(2, 4))), split, 2)
+    assert "HR@2 = 1.0000, NDCG@2 = 1.0000" in terminal.getvalue()

@@ -187,7 +187,7 @@ def test_torchrun_gives_the_weights_and_figures_of_one_process(ncf, split_dir, t
     ]
     assert names[0] == names[1]
     assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1
-    assert two.stderr.count("Epoch 0") > 0
+    assert "Epoch" not in two.stderr  # a bar is for a terminal
 
 
 def test_torchrun_resumes_and_evaluates_what_one_process_began(ncf, split_dir, run_dir, tmp_path):
