@@ -62,10 +62,10 @@ class Step:
     @property
     def about_to_compile(self) -> bool:
         """Whether the next call compiles, in which time no step is done."""
-        plain = is_quantization_aware(self.model) or (
-            isinstance(self.optimizer, LazyAdam) and self.optimizer.dense
-        )
-        return self._to_compile and not plain
+        if not self._to_compile:
+            return False
+        dense = isinstance(self.optimizer, LazyAdam) and self.optimizer.dense
+        return not dense and not is_quantization_aware(self.model)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Take a step and return the loss () before it, the mean over the batch in all processes."""
